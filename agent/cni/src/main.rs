@@ -1,0 +1,2 @@
+//! The chained CNI plugin `culvert-cni`.
+fn main() {}

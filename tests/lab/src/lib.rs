@@ -1,0 +1,1 @@
+//! Namespaces, cgroups and captures for the tests.
