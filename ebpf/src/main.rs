@@ -1,2 +1,52 @@
+//! The kernel programs of Culvert.
+//!
+//! `culvert_connect` (sock_ops), `culvert_sockopt` (cgroup/setsockopt) and `culvert_steer` (sk_lookup).
+//! This file owns the entry points and the licence; each program has its own file and only reads its
+//! context, asks the library's decision functions, and acts. None of them runs for a packet of an
+//! established connection.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
+
+mod connect;
+mod kernel;
+mod maps;
+mod report;
+mod sockopt;
+mod steer;
+
+use aya_ebpf::{
+    macros::{cgroup_sockopt, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockOpsContext, SockoptContext},
+};
+
+/// See `connect.rs`.
+#[sock_ops]
+fn culvert_connect(ctx: SockOpsContext) -> u32 {
+    connect::run(ctx.ops);
+    // The return value is a verdict only for packet callbacks; 1 leaves other programs' replies alone.
+    1
+}
+
+/// See `sockopt.rs`.
+#[cgroup_sockopt(setsockopt)]
+fn culvert_sockopt(ctx: SockoptContext) -> i32 {
+    sockopt::run(ctx.sockopt)
+}
+
+/// See `steer.rs`.
+#[sk_lookup]
+fn culvert_steer(ctx: SkLookupContext) -> u32 {
+    steer::run(&ctx)
+}
+
+/// What the kernel needs to see before it lends GPL-only helpers.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual BSD/GPL\0";
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing in the programs can panic; the verifier would refuse the loop if something could.
+    loop {}
+}

@@ -1,0 +1,242 @@
+//! The two decision tables, as pure functions.
+//!
+//! Facts that cost a map look-up are asked for lazily through [`ConnectFacts`] and [`SteerFacts`]: the
+//! programs answer them from maps, the tests from a plain model. Nothing here depends on the name of an
+//! interface, and only the pod whose facts are asked decides.
+
+use crate::abi::port;
+use crate::addr::Addr;
+
+/// What happened to one connection attempt; the index into [`Counters`](crate::abi::Counters).
+#[must_use]
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// connect: turned round to ztunnel.
+    Captured = 0,
+    /// connect: the pod to itself or to loopback.
+    Home = 1,
+    /// connect: ztunnel is away and the grace is over.
+    Refused = 2,
+    /// connect: destination port or CIDR is excluded.
+    ExcludedOutbound = 3,
+    /// connect: ztunnel to the application.
+    Delivery = 4,
+    /// connect: ztunnel on its own way out.
+    ZtunnelOut = 5,
+    /// connect, listen or setsockopt: ztunnel's mark on a socket that is not ztunnel's.
+    Impostor = 6,
+    /// steer: to a loopback address, left alone.
+    PassLoopback = 7,
+    /// steer: to 15001.
+    Outbound = 8,
+    /// steer: to 15053.
+    Dns = 9,
+    /// steer: from behind a virtual interface, to 15001.
+    Virtual = 10,
+    /// steer: delivery or the pod to itself, left alone.
+    PassHome = 11,
+    /// steer: to ztunnel's 15008.
+    Hbone = 12,
+    /// steer: a node probe, left alone.
+    PassVouched = 13,
+    /// steer: inbound port is excluded, left alone.
+    PassExcluded = 14,
+    /// steer: inbound capture is off for this pod, left alone.
+    PassBypass = 15,
+    /// steer: to 15006.
+    Inbound = 16,
+    /// steer: the listener an outbound connection needs is missing: dropped.
+    NoOutboundListener = 17,
+    /// steer: the listener an inbound connection needs is missing: dropped.
+    NoInboundListener = 18,
+    /// steer: from outside to an address that is not known to be the pod's: dropped.
+    UnknownDestination = 19,
+    /// setsockopt: a mark or device binding that would lead round ztunnel was refused or ignored.
+    OptionDenied = 20,
+    /// node: a probe was vouched for.
+    Vouched = 21,
+}
+
+impl Verdict {
+    /// Every verdict, in the order of its number.
+    pub const ALL: [Self; 22] = [
+        Self::Captured,
+        Self::Home,
+        Self::Refused,
+        Self::ExcludedOutbound,
+        Self::Delivery,
+        Self::ZtunnelOut,
+        Self::Impostor,
+        Self::PassLoopback,
+        Self::Outbound,
+        Self::Dns,
+        Self::Virtual,
+        Self::PassHome,
+        Self::Hbone,
+        Self::PassVouched,
+        Self::PassExcluded,
+        Self::PassBypass,
+        Self::Inbound,
+        Self::NoOutboundListener,
+        Self::NoInboundListener,
+        Self::UnknownDestination,
+        Self::OptionDenied,
+        Self::Vouched,
+    ];
+
+    /// The name used in counters, events and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Captured => "captured",
+            Self::Home => "home",
+            Self::Refused => "refused",
+            Self::ExcludedOutbound => "excluded_outbound",
+            Self::Delivery => "delivery",
+            Self::ZtunnelOut => "ztunnel_out",
+            Self::Impostor => "impostor",
+            Self::PassLoopback => "pass_loopback",
+            Self::Outbound => "to_outbound",
+            Self::Dns => "to_dns",
+            Self::Virtual => "to_outbound_virtual",
+            Self::PassHome => "pass_home",
+            Self::Hbone => "to_hbone",
+            Self::PassVouched => "pass_vouched",
+            Self::PassExcluded => "pass_excluded_inbound",
+            Self::PassBypass => "pass_bypass_inbound",
+            Self::Inbound => "to_inbound",
+            Self::NoOutboundListener => "no_outbound_listener",
+            Self::NoInboundListener => "no_inbound_listener",
+            Self::UnknownDestination => "unknown_destination",
+            Self::OptionDenied => "option_denied",
+            Self::Vouched => "vouched",
+        }
+    }
+
+    /// Which of the pod's directions it concerns.
+    #[must_use]
+    pub const fn direction(self) -> &'static str {
+        match self {
+            Self::Captured
+            | Self::Refused
+            | Self::ExcludedOutbound
+            | Self::ZtunnelOut
+            | Self::Outbound
+            | Self::Dns
+            | Self::Virtual
+            | Self::NoOutboundListener => "outbound",
+            Self::Delivery
+            | Self::Hbone
+            | Self::PassVouched
+            | Self::PassExcluded
+            | Self::PassBypass
+            | Self::Inbound
+            | Self::NoInboundListener
+            | Self::UnknownDestination
+            | Self::Vouched => "inbound",
+            Self::Home | Self::PassLoopback | Self::PassHome | Self::Impostor | Self::OptionDenied => "local",
+        }
+    }
+}
+
+/// What the decision at `connect()` may ask.
+pub trait ConnectFacts {
+    /// The socket is ztunnel's, by more than its mark where that is known.
+    fn is_ztunnel(&self) -> bool;
+    /// The destination is one of the pod's own addresses.
+    fn destination_is_own(&self) -> bool;
+    /// The destination's port or network is excluded.
+    fn destination_is_excluded(&self) -> bool;
+    /// ztunnel is away and the grace is over.
+    fn refusing(&self) -> bool;
+    /// The socket is bound to a device.
+    fn bound_to_device(&self) -> bool;
+}
+
+/// The table of `TCP_CONNECT_CB`, for a socket of an enrolled pod.
+#[inline(always)]
+pub fn connect(dst: &Addr, facts: &impl ConnectFacts) -> Verdict {
+    if facts.is_ztunnel() {
+        return if dst.is_loopback() || facts.destination_is_own() {
+            Verdict::Delivery
+        } else {
+            Verdict::ZtunnelOut
+        };
+    }
+    if facts.destination_is_excluded() {
+        return Verdict::ExcludedOutbound;
+    }
+    // Both verdicts keep the socket in the namespace, so an address table that is behind makes no hole.
+    if dst.is_loopback() || facts.destination_is_own() {
+        return Verdict::Home;
+    }
+    // With a device, IPv4 takes the failed look-up of a refusing rule for "on link" and lets it out: such
+    // sockets turn round and find no listener instead.
+    if facts.refusing() && !facts.bound_to_device() {
+        return Verdict::Refused;
+    }
+    Verdict::Captured
+}
+
+/// What the decision about a SYN may ask.
+pub trait SteerFacts {
+    /// The source is one of the pod's own addresses.
+    fn source_is_own(&self) -> bool;
+    /// The destination is one of the pod's own addresses.
+    fn destination_is_own(&self) -> bool;
+    /// It is reported on the loopback device.
+    fn on_loopback_device(&self) -> bool;
+    /// It came in by one of the pod's virtual interfaces.
+    fn on_virtual_interface(&self) -> bool;
+    /// DNS capture is on.
+    fn captures_dns(&self) -> bool;
+    /// The node vouched for this connection.
+    fn vouched(&self) -> bool;
+    /// The inbound port is excluded.
+    fn port_is_excluded(&self) -> bool;
+    /// Inbound capture is off.
+    fn bypasses_inbound(&self) -> bool;
+}
+
+/// The table of `sk_lookup`: by addresses first, interface second. Ports in host byte order.
+#[inline(always)]
+pub fn steer(dst: &Addr, dst_port: u16, facts: &impl SteerFacts) -> Verdict {
+    if dst.is_loopback() {
+        return Verdict::PassLoopback;
+    }
+    if !facts.destination_is_own() {
+        return if facts.source_is_own() {
+            if dst_port == port::DOMAIN && facts.captures_dns() {
+                Verdict::Dns
+            } else {
+                Verdict::Outbound
+            }
+        } else if facts.on_virtual_interface() {
+            Verdict::Virtual
+        } else if facts.on_loopback_device() {
+            // An application that bound a foreign source: only its turn-round brings it here.
+            Verdict::Outbound
+        } else {
+            // From outside to an address the tracker has not seen yet. Passing it would skip ztunnel's
+            // policy, steering it inbound would loop (its delivery would look the same): wait.
+            Verdict::UnknownDestination
+        };
+    }
+    if facts.on_loopback_device() || facts.source_is_own() {
+        return Verdict::PassHome;
+    }
+    if dst_port == port::HBONE {
+        return Verdict::Hbone;
+    }
+    if facts.bypasses_inbound() {
+        return Verdict::PassBypass;
+    }
+    if facts.port_is_excluded() {
+        return Verdict::PassExcluded;
+    }
+    if facts.vouched() {
+        return Verdict::PassVouched;
+    }
+    Verdict::Inbound
+}

@@ -1,0 +1,175 @@
+//! `culvert_steer`: one sk_lookup program per enrolled pod.
+//!
+//! Runs for a TCP packet that belongs to no established socket, which is a SYN in all but odd cases, and
+//! hands it to ztunnel's listener, leaves it alone, or drops it. sk_lookup can ask neither for the
+//! namespace nor for the mark, so the pod's cookie is written into the instructions of each copy.
+
+use aya_ebpf::{
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup},
+    programs::SkLookupContext,
+};
+use culvert_ebpf::{
+    abi::{
+        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, MAX_VIRTUAL, Pod, RoleKey,
+        pod_flags, role,
+    },
+    decide::{self, SteerFacts, Verdict},
+};
+
+use crate::{
+    kernel::{AF_INET, address, field, is_own, port_excluded},
+    maps,
+    report::decided,
+};
+
+const PASS: u32 = 1;
+const DROP: u32 = 0;
+const IPPROTO_TCP: u32 = 6;
+
+/// The pod's netns cookie. The loader looks for this constant (`COOKIE_PLACEHOLDER`) in the instructions.
+#[inline(always)]
+fn cookie() -> u64 {
+    let cookie: u64;
+    // SAFETY: loads an immediate into a register, nothing else.
+    unsafe {
+        core::arch::asm!("{} = 0xC01DC0DEC0C0C1E5 ll", out(reg) cookie, options(pure, nomem, nostack, preserves_flags));
+    }
+    cookie
+}
+
+struct Facts<'a> {
+    cookie: u64,
+    pod: &'a Pod,
+    tuple: &'a FourTuple,
+    ifindex: u32,
+}
+
+impl SteerFacts for Facts<'_> {
+    #[inline(always)]
+    fn source_is_own(&self) -> bool {
+        is_own(self.cookie, self.tuple.src)
+    }
+
+    #[inline(always)]
+    fn destination_is_own(&self) -> bool {
+        is_own(self.cookie, self.tuple.dst)
+    }
+
+    #[inline(always)]
+    fn on_loopback_device(&self) -> bool {
+        self.ifindex == LOOPBACK_IFINDEX
+    }
+
+    #[inline(always)]
+    fn on_virtual_interface(&self) -> bool {
+        if self.pod.flags & pod_flags::VIRTUAL == 0 {
+            return false;
+        }
+        for i in 0..MAX_VIRTUAL {
+            if self.pod.virtual_ifindexes[i] == self.ifindex {
+                return true;
+            }
+        }
+        false
+    }
+
+    #[inline(always)]
+    fn captures_dns(&self) -> bool {
+        self.pod.flags & pod_flags::DNS != 0
+    }
+
+    #[inline(always)]
+    fn vouched(&self) -> bool {
+        // SAFETY: the value is never read, only its presence.
+        unsafe { maps::VOUCHED.get(self.tuple) }.is_some()
+    }
+
+    #[inline(always)]
+    fn port_is_excluded(&self) -> bool {
+        self.pod.flags & pod_flags::IN_PORTS != 0 && port_excluded(self.cookie, self.tuple.dst_port, 1)
+    }
+
+    #[inline(always)]
+    fn bypasses_inbound(&self) -> bool {
+        self.pod.flags & pod_flags::BYPASS_INBOUND != 0
+    }
+}
+
+#[inline(always)]
+pub fn run(ctx: &SkLookupContext) -> u32 {
+    let lookup: *mut bpf_sk_lookup = ctx.lookup;
+    if field!(lookup, protocol) != IPPROTO_TCP {
+        return PASS;
+    }
+    let cookie = cookie();
+    // SAFETY: entries are replaced whole; each field stands alone.
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else { return PASS };
+    let tuple = FourTuple {
+        src: address!(lookup, remote_ip4, remote_ip6),
+        dst: address!(lookup, local_ip4, local_ip6),
+        src_port: u16::from_be(field!(lookup, remote_port)),
+        dst_port: field!(lookup, local_port) as u16,
+    };
+    let ifindex = field!(lookup, ingress_ifindex);
+    let facts = Facts { cookie, pod, tuple: &tuple, ifindex };
+    let verdict = decide::steer(&tuple.dst, tuple.dst_port, &facts);
+    let (role, missing) = match verdict {
+        Verdict::Outbound | Verdict::Virtual => (role::OUTBOUND, Verdict::NoOutboundListener),
+        Verdict::Dns if field!(lookup, family) == AF_INET => (role::DNS4, Verdict::NoOutboundListener),
+        Verdict::Dns => (role::DNS6, Verdict::NoOutboundListener),
+        Verdict::Inbound => (role::INBOUND, Verdict::NoInboundListener),
+        Verdict::Hbone => (role::HBONE, Verdict::NoInboundListener),
+        Verdict::UnknownDestination => {
+            decided(cookie, verdict, &tuple, ifindex);
+            return DROP;
+        }
+        _ => {
+            decided(cookie, verdict, &tuple, ifindex);
+            return PASS;
+        }
+    };
+    if !assign(ctx, cookie, role) {
+        decided(cookie, missing, &tuple, ifindex);
+        return DROP;
+    }
+    if pod.flags & pod_flags::MULTI_INTERFACE != 0 && (role == role::INBOUND || role == role::HBONE) {
+        let _ = maps::INGRESS.insert(tuple, ifindex, 0);
+    }
+    decided(cookie, verdict, &tuple, ifindex);
+    PASS
+}
+
+/// Hands the SYN to the newest listener of that role that is alive, and notes when none is.
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, cookie: u64, role: u32) -> bool {
+    let known = maps::ROLES.get_ptr_mut(RoleKey { cookie, role, pad: 0 });
+    let order = match known {
+        // SAFETY: one aligned word is read.
+        Some(known) => unsafe { (*known).order },
+        None => INITIAL_ORDER,
+    };
+    for i in 0..LISTENER_SLOTS {
+        let key = ListenerKey { cookie, role, slot: (order >> (2 * i)) & 3 };
+        // Alone, without its reuseport group: the group may hold strangers.
+        if maps::LISTENERS.redirect_sk_lookup(ctx, key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)).is_ok() {
+            if let Some(known) = known {
+                // SAFETY: one aligned word; only written when it says otherwise.
+                unsafe {
+                    if (*known).away_since != 0 {
+                        (*known).away_since = 0;
+                    }
+                }
+            }
+            return true;
+        }
+    }
+    if let Some(known) = known {
+        // SAFETY: as above.
+        unsafe {
+            if (*known).away_since == 0 {
+                (*known).away_since = aya_ebpf::helpers::bpf_ktime_get_ns();
+            }
+        }
+    }
+    false
+}

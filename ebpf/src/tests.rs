@@ -1,0 +1,1 @@
+//! Host-side tests; filled in below.
