@@ -1,1 +1,39 @@
-//! Namespaces, cgroups and captures for the tests.
+//! The lab on which the privileged tests, the demo and the benchmarks stand: a node and its pods built from network
+//! namespaces, a cgroup and a bpffs directory of their own, and the tools to send traffic and to watch it.
+//!
+//! It builds everything itself over netlink and system calls, and executes no `ip`, `iptables` or `mount`, because it also
+//! runs in virtual machines whose image holds nothing but static binaries. It knows the `culvert` binary by its command
+//! line alone: it must never link the agent, or tests would check the agent with the agent.
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! let lab = culvert_lab::Lab::new("example")?;
+//! let pod = lab.pod("client")?;
+//! pod.run(|| println!("{:?}", std::net::TcpStream::connect("10.77.0.1:80")));
+//! lab.attach(&pod, &[])?;
+//! # Ok(()) }
+//! ```
+//!
+//! Environment: `CULVERT_KEEP=1` keeps the namespaces, pins and cgroup of a lab for inspection, `CULVERT_BIN` and
+//! `ZTUNNEL_STANDIN_BIN` name binaries elsewhere than beside the running one.
+
+mod bpffs;
+mod cgroup;
+mod culvert;
+mod family;
+mod lab;
+mod links;
+mod netlink;
+mod ns;
+mod paths;
+mod pod;
+mod routing;
+pub mod sockopt;
+mod sweep;
+
+pub use culvert::CulvertOutput;
+pub use family::Family;
+pub use lab::Lab;
+pub use ns::Ns;
+pub use pod::PodBuilder;
+pub use routing::{Route, Rule, RuleAction};

@@ -1,0 +1,100 @@
+//! Runs the real `culvert` binary against this lab. It asserts nothing about what the binary prints.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{Lab, Ns, paths};
+
+/// What a run of the binary came to.
+#[derive(Debug, Clone)]
+pub struct CulvertOutput {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained about.
+    pub stderr: String,
+    args: String,
+}
+
+impl CulvertOutput {
+    /// Its output as JSON; ask for it with `-o json`.
+    pub fn json(&self) -> Result<serde_json::Value> {
+        serde_json::from_str(&self.stdout)
+            .with_context(|| format!("culvert {} printed no JSON: {self:?}", self.args))
+    }
+
+    /// Fails, with all it printed, unless it succeeded.
+    pub fn ok(self) -> Result<Self> {
+        ensure!(
+            self.status.success(),
+            "culvert {} failed ({}):\n{}{}",
+            self.args,
+            self.status,
+            self.stdout,
+            self.stderr
+        );
+        Ok(self)
+    }
+}
+
+impl Lab {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the lab runs the binary that is tested"
+    )]
+    /// The command line of a `culvert` run for this lab, without namespace: see `culvert`.
+    pub fn culvert_command(&self, args: &[&str]) -> Result<Command> {
+        let mut command = Command::new(culvert_binary()?);
+        command
+            .arg("--bpffs")
+            .arg(self.bpffs())
+            .arg("--cgroup-root")
+            .arg(self.cgroup())
+            .args(args);
+        Ok(command)
+    }
+
+    /// Runs `culvert` in the node's namespace, outside the lab's cgroup, with the lab's bpffs and cgroup.
+    pub fn culvert(&self, args: &[&str]) -> Result<CulvertOutput> {
+        let mut command = self.culvert_command(args)?;
+        let output = self
+            .node()
+            .inside(|| command.output())?
+            .with_context(|| format!("running {command:?}"))?;
+        Ok(CulvertOutput {
+            status: output.status,
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            args: args.join(" "),
+        })
+    }
+
+    /// Attaches a namespace with further arguments, and fails unless that worked.
+    pub fn attach(&self, ns: &Ns, args: &[&str]) -> Result<CulvertOutput> {
+        self.netns_verb("attach", ns, args)
+    }
+
+    /// Detaches a namespace, and fails unless that worked.
+    pub fn detach(&self, ns: &Ns) -> Result<CulvertOutput> {
+        self.netns_verb("detach", ns, &[])
+    }
+
+    fn netns_verb(&self, verb: &str, ns: &Ns, args: &[&str]) -> Result<CulvertOutput> {
+        let path = ns
+            .path()
+            .to_str()
+            .context("a namespace's path is no UTF-8")?;
+        let all: Vec<&str> = ["netns", verb, "--netns", path]
+            .into_iter()
+            .chain(args.iter().copied())
+            .collect();
+        self.culvert(&all)?.ok()
+    }
+}
+
+fn culvert_binary() -> Result<PathBuf> {
+    paths::binary("CULVERT_BIN", "culvert", "cargo xtask build")
+}
