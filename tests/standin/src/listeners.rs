@@ -1,0 +1,96 @@
+//! The listeners inside a pod, from opening to the last accepted connection.
+//!
+//! Owns addresses, accept loops and their end. What happens to an accepted connection is said elsewhere.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::pod::Pod;
+use crate::{INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, inbound, outbound, sockets};
+
+/// A pod's listeners, open but not served yet.
+#[derive(Debug)]
+pub struct Listeners {
+    outbound: std::net::TcpListener,
+    inbound: std::net::TcpListener,
+}
+
+/// Opens all of them in the namespace of the calling thread: all or none.
+///
+/// # Errors
+/// When one of the ports is taken or a socket cannot be marked (CAP_NET_ADMIN).
+pub fn open() -> anyhow::Result<Listeners> {
+    let ipv6 = sockets::ipv6_enabled();
+    let listen = |addr: SocketAddr| {
+        sockets::listen(addr).with_context(|| format!("cannot listen on {addr} in the pod"))
+    };
+    Ok(Listeners {
+        outbound: listen(sockets::wildcard(ipv6, OUTBOUND_PORT))?,
+        inbound: listen(sockets::wildcard(ipv6, INBOUND_PLAINTEXT_PORT))?,
+    })
+}
+
+impl Listeners {
+    /// Starts accepting.
+    ///
+    /// # Errors
+    /// When a listener cannot be handed to the runtime.
+    pub fn serve(self, pod: &Arc<Pod>) -> io::Result<()> {
+        let out = sockets::watch_tcp(self.outbound)?;
+        let plain = sockets::watch_tcp(self.inbound)?;
+        pod.spawn(accept(pod.clone(), out, |pod, stream, client| {
+            pod.counters.outbound_accepts.one();
+            pod.clone().spawn(outbound::serve(pod, stream, client));
+        }));
+        pod.spawn(accept(pod.clone(), plain, |pod, stream, client| {
+            pod.counters.inbound_accepts.one();
+            pod.clone().spawn(inbound::serve(pod, stream, client));
+        }));
+        Ok(())
+    }
+}
+
+/// Accepts until the pod drains, and then what is still queued: closing a listener resets the connections that wait in it.
+async fn accept(
+    pod: Arc<Pod>,
+    listener: TcpListener,
+    handle: impl Fn(Arc<Pod>, TcpStream, SocketAddr),
+) {
+    let handle = |stream: TcpStream, client| {
+        // Failing means that the connection is dead already; whoever reads next finds out.
+        let _ = stream.set_nodelay(true);
+        handle(pod.clone(), stream, sockets::canonical(client));
+    };
+    loop {
+        let accepted = tokio::select! {
+            () = pod.draining() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, client)) => handle(stream, client),
+            Err(error) => pause_after(&error).await,
+        }
+    }
+    // The runtime may not have noticed the latest arrivals yet, so the kernel is asked directly.
+    let Ok(listener) = listener.into_std() else {
+        return;
+    };
+    while let Ok((stream, client)) = listener.accept() {
+        if let Ok(stream) = stream
+            .set_nonblocking(true)
+            .and_then(|()| TcpStream::from_std(stream))
+        {
+            handle(stream, client);
+        }
+    }
+}
+
+/// Out of descriptors or memory: without a pause the loop would spin until somebody gives some back.
+async fn pause_after(error: &io::Error) {
+    tracing::warn!(%error, "cannot accept a connection");
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+}
