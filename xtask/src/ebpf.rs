@@ -1,12 +1,12 @@
 //! The eBPF object: built when its sources or its toolchain changed, published whole or not at all. It does not know
 //! how a toolchain is chosen.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
 use crate::{
-    cmd::run,
+    cmd::{cargo, run},
     inputs::{self, note_path, note_value},
     project::Project,
     toolchain::Toolchain,
@@ -15,8 +15,8 @@ use crate::{
 /// Brings the object up to date.
 pub(crate) fn ensure(project: &Project) -> Result<()> {
     let toolchain = Toolchain::ensure(project)?;
-    let sources =
-        inputs::hash(&project.root).context("cannot read the sources of the eBPF programs")?;
+    let had_lock_file = project.ebpf().join("Cargo.lock").is_file();
+    let sources = hash(project)?;
     let compiler = toolchain.fingerprint(project);
     let object = project.object();
     if is_current(&object, &sources, &compiler) {
@@ -27,9 +27,13 @@ pub(crate) fn ensure(project: &Project) -> Result<()> {
     let built = toolchain
         .target_dir(project)
         .join("bpfel-unknown-none/release/culvert");
-    // The first build may have written the lock file, which is one of the inputs.
-    let sources =
-        inputs::hash(&project.root).context("cannot read the sources of the eBPF programs")?;
+    // The first build of all writes the lock file, which is one of the inputs. Otherwise the hash from before counts:
+    // what was edited during the build is not in the object.
+    let sources = if had_lock_file {
+        sources
+    } else {
+        hash(project)?
+    };
     publish(
         &built,
         &object,
@@ -38,6 +42,23 @@ pub(crate) fn ensure(project: &Project) -> Result<()> {
     let size = fs::metadata(&object)?.len();
     eprintln!("{} ({} KiB)", object.display(), size / 1024);
     Ok(())
+}
+
+/// Cargo in the eBPF package with the workspace's toolchain, for what runs or is checked on the host: its library.
+pub(crate) fn host_cargo(project: &Project, verb: &str) -> Command {
+    let mut command = cargo(project);
+    command
+        .current_dir(project.ebpf())
+        .arg(verb)
+        .env("CARGO_TARGET_DIR", project.target.join("ebpf/host"));
+    if verb != "metadata" {
+        command.arg("--locked");
+    }
+    command
+}
+
+fn hash(project: &Project) -> Result<String> {
+    inputs::hash(&project.root).context("cannot read the sources of the eBPF programs")
 }
 
 fn is_current(object: &Path, sources: &str, compiler: &str) -> bool {
@@ -60,7 +81,7 @@ fn publish(built: &Path, object: &Path, note: &str) -> Result<()> {
         }
         _ => {}
     }
-    let temporary = dir.join(".culvert.bpf.o.new");
+    let temporary = dir.join(format!(".culvert.bpf.o.{}", std::process::id()));
     fs::copy(built, &temporary).with_context(|| format!("cannot copy {}", built.display()))?;
     fs::rename(&temporary, object)
         .with_context(|| format!("cannot replace {}", object.display()))?;

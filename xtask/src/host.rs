@@ -19,6 +19,34 @@ pub(crate) struct Package {
     pub(crate) proof: &'static str,
 }
 
+/// Programs that the demonstration, the end-to-end tests and the benchmarks run, as they come from Debian.
+pub(crate) const PROGRAMS: &[Package] = &[
+    Package {
+        name: "curl",
+        proof: "curl",
+    },
+    Package {
+        name: "iperf3",
+        proof: "iperf3",
+    },
+    Package {
+        name: "iproute2",
+        proof: "ip",
+    },
+    Package {
+        name: "iptables",
+        proof: "iptables-restore",
+    },
+    Package {
+        name: "nftables",
+        proof: "nft",
+    },
+    Package {
+        name: "nginx",
+        proof: "nginx",
+    },
+];
+
 impl Package {
     fn is_there(self) -> bool {
         if self.proof.starts_with('/') {
@@ -93,13 +121,28 @@ pub(crate) fn ensure_packages(packages: &[Package], purpose: &str) -> Result<()>
         );
     }
     eprintln!("{purpose} needs packages: {}", names.join(" "));
-    let _no_services = NoServices::set()?;
-    if apt_install(&names).is_ok() {
-        return Ok(());
+    let no_services = NoServices::set()?;
+    if apt_install(&names).is_err() {
+        // The lists are missing or old: only now is an update worth its time.
+        announced(command("apt-get").arg("update"))?;
+        apt_install(&names).with_context(|| format!("{purpose} needs: {}", names.join(" ")))?;
     }
-    // The lists are missing or old: only now is an update worth its time.
-    announced(command("apt-get").arg("update"))?;
-    apt_install(&names).with_context(|| format!("{purpose} needs: {}", names.join(" ")))
+    drop(no_services);
+    for name in names {
+        disable_service(name)?;
+    }
+    Ok(())
+}
+
+/// A service that came with a package we wanted for its program alone must not start at the next boot either.
+fn disable_service(package: &str) -> Result<()> {
+    let unit = format!("{package}.service");
+    if Path::new("/run/systemd/system").exists()
+        && Path::new("/lib/systemd/system").join(&unit).exists()
+    {
+        announced(command("systemctl").args(["disable", &unit]))?;
+    }
+    Ok(())
 }
 
 fn apt_install(names: &[&str]) -> Result<()> {

@@ -5,13 +5,21 @@
     reason = "running other programs is what this tool is for"
 )]
 
+mod bench;
+mod bins;
 mod build;
 mod cmd;
+mod demo;
 mod ebpf;
 mod host;
 mod inputs;
+mod lint;
+mod load;
 mod project;
+mod test;
 mod toolchain;
+mod unload;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -26,11 +34,29 @@ use clap::Parser;
 enum Verb {
     /// Build the eBPF object and all binaries
     Build(build::Args),
+    /// Load and pin the node programs into this kernel; print size, verified instructions and load time of each (root)
+    Load,
+    /// Undo `load` (root)
+    Unload,
+    /// Watch unmodified programs in network namespaces be carried through a ztunnel, every line checked (root)
+    Demo(demo::Args),
+    /// Run the tests: `unit`, `e2e` (root), `vm`, or all of them
+    Test(test::Args),
+    /// Measure against plain loopback, iptables and nftables; results go to target/bench (root)
+    Bench(bench::Args),
+    /// Check format, clippy, documentation, licences and house rules
+    Lint,
 }
 
 fn main() -> ExitCode {
     let result = match Verb::parse() {
         Verb::Build(args) => build::main(&args),
+        Verb::Load => load::main(),
+        Verb::Unload => unload::main(),
+        Verb::Demo(args) => demo::main(&args),
+        Verb::Test(args) => test::main(&args),
+        Verb::Bench(args) => bench::main(&args),
+        Verb::Lint => lint::main(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -60,6 +60,12 @@ const LINKER_BUILD: [Package; 5] = [
     },
 ];
 
+/// Clippy on the same compiler. Looked for beside it: the one on PATH is of the workspace's toolchain.
+const CLIPPY: [Package; 1] = [Package {
+    name: "rust-web-clippy",
+    proof: "/usr/bin/cargo-clippy",
+}];
+
 const LLVM: &str = "/usr/lib/llvm-22";
 const LINKER_VERSION: &str = "0.13.0";
 
@@ -200,7 +206,11 @@ impl Toolchain {
 
     /// `cargo VERB` in the eBPF package for the BPF target, with `core` built from source.
     pub(crate) fn cargo(&self, project: &Project, verb: &str) -> Result<Command> {
-        let mut command = foreign_cargo(&self.cargo);
+        self.cargo_with(project, &self.cargo, verb)
+    }
+
+    fn cargo_with(&self, project: &Project, program: &Path, verb: &str) -> Result<Command> {
+        let mut command = foreign_cargo(program);
         command
             .current_dir(project.ebpf())
             .args([
@@ -231,6 +241,26 @@ impl Toolchain {
         if project.ebpf().join("Cargo.lock").is_file() {
             command.arg("--locked");
         }
+        Ok(command)
+    }
+
+    /// Clippy of the same version as the compiler, for the programs as they are compiled.
+    pub(crate) fn clippy(&self, project: &Project) -> Result<Command> {
+        let bin = self
+            .rustc
+            .parent()
+            .context("the compiler has no directory")?;
+        let clippy = bin.join("cargo-clippy");
+        if self.bootstrap {
+            host::ensure_packages(&CLIPPY, "checking the eBPF programs")?;
+        } else if !clippy.is_file() {
+            bail!(
+                "{} has no clippy: `rustup component add clippy --toolchain nightly`",
+                self.name
+            );
+        }
+        let mut command = self.cargo_with(project, &clippy, "clippy")?;
+        command.args(["--", "-D", "warnings"]);
         Ok(command)
     }
 

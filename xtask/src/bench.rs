@@ -1,0 +1,35 @@
+//! `cargo xtask bench`: sets up what the benchmarks need and becomes them.
+
+use std::os::unix::process::CommandExt as _;
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    bins, host,
+    project::{Profile, Project},
+};
+
+/// Options of `bench`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Which benchmark, and its options (`datapath`; `-- --help` lists them)
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
+/// Runs the verb.
+pub(crate) fn main(args: &Args) -> Result<()> {
+    host::require_root("bench")?;
+    let project = Project::find();
+    host::ensure_packages(host::PROGRAMS, "the benchmark")?;
+    bins::ensure(
+        &project,
+        Profile::Release,
+        &["culvert", "ztunnel-standin", "culvert-bench"],
+    )?;
+    host::ensure_bpffs()?;
+    let error = bins::command(&project, Profile::Release, "culvert-bench")
+        .args(&args.arguments)
+        .exec();
+    Err(error).context("cannot start culvert-bench")
+}

@@ -1,0 +1,96 @@
+//! `cargo xtask lint`: every check that needs no running system. All of them run; the verdict comes at the end.
+
+mod files;
+mod licences;
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::{cmd, ebpf, project::Project, toolchain::Toolchain};
+
+/// One check: what it is called, and how it is run.
+type Check<'a> = (&'static str, Box<dyn Fn() -> Result<()> + 'a>);
+
+/// Runs the verb.
+pub(crate) fn main() -> Result<()> {
+    let project = Project::find();
+    // The agent does not compile without it.
+    ebpf::ensure(&project)?;
+    let toolchain = Toolchain::ensure(&project)?;
+    let project = &project;
+    let checks: [Check<'_>; 8] = [
+        ("files", Box::new(|| files::check(project))),
+        ("licences", Box::new(|| licences::check(project))),
+        (
+            "format",
+            Box::new(|| cmd::run(cmd::cargo(project).args(["fmt", "--all", "--check"]))),
+        ),
+        (
+            "format, ebpf",
+            Box::new(|| cmd::run(ebpf_fmt(project).arg("--check"))),
+        ),
+        ("clippy", Box::new(|| cmd::run(&mut clippy(project)))),
+        (
+            "clippy, ebpf on the host",
+            Box::new(|| cmd::run(&mut ebpf_clippy(project))),
+        ),
+        (
+            "clippy, ebpf programs",
+            Box::new(|| cmd::run(&mut toolchain.clippy(project)?)),
+        ),
+        ("documentation", Box::new(|| cmd::run(&mut doc(project)))),
+    ];
+    let mut failed = Vec::new();
+    for (name, check) in checks {
+        eprintln!("== {name}");
+        if let Err(error) = check() {
+            eprintln!("error: {error:#}");
+            failed.push(name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join("; "));
+    }
+    println!("lint: all clean");
+    Ok(())
+}
+
+fn ebpf_fmt(project: &Project) -> Command {
+    let mut command = cmd::cargo(project);
+    command.current_dir(project.ebpf()).arg("fmt");
+    command
+}
+
+fn clippy(project: &Project) -> Command {
+    let mut command = cmd::cargo(project);
+    command.args([
+        "clippy",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]);
+    command
+}
+
+fn ebpf_clippy(project: &Project) -> Command {
+    let mut command = ebpf::host_cargo(project, "clippy");
+    command.args(["--lib", "--tests", "--", "-D", "warnings"]);
+    command
+}
+
+fn doc(project: &Project) -> Command {
+    let mut command = cmd::cargo(project);
+    command.args([
+        "doc",
+        "--locked",
+        "--workspace",
+        "--no-deps",
+        "--document-private-items",
+    ]);
+    command.env("RUSTDOCFLAGS", "-D warnings");
+    command
+}

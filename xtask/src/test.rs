@@ -1,0 +1,102 @@
+//! `cargo xtask test`: the suites, what each needs, and one verdict over all of them. A suite that cannot run is a
+//! failure, never a skip.
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    bins, cmd, ebpf, host,
+    project::{Profile, Project},
+    vm,
+};
+
+/// The end-to-end tests mostly wait, for timeouts and for peers: more of them than processors run at once.
+const E2E_THREADS: &str = "6";
+
+/// A set of tests with the same needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Suite {
+    /// Decisions, plans, parsers, tools: needs nothing
+    Unit,
+    /// Real programs in network namespaces of this machine: needs root
+    E2e,
+    /// The same programs on older kernels, in emulated machines
+    Vm,
+}
+
+/// Options of `test`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Which suite; all of them if left out
+    suite: Option<Suite>,
+    /// Run only tests whose name contains one of these
+    #[arg(requires = "suite")]
+    filter: Vec<String>,
+}
+
+/// Runs the verb.
+pub(crate) fn main(args: &Args) -> Result<()> {
+    let suites = match args.suite {
+        Some(suite) => vec![suite],
+        None => vec![Suite::Unit, Suite::E2e, Suite::Vm],
+    };
+    if suites.contains(&Suite::E2e) {
+        // Known beforehand, so said beforehand.
+        host::require_root("test")?;
+    }
+    let project = Project::find();
+    let mut failed = Vec::new();
+    for suite in suites {
+        eprintln!("== {suite:?}");
+        let result = match suite {
+            Suite::Unit => unit(&project, &args.filter),
+            Suite::E2e => e2e(&project, &args.filter),
+            Suite::Vm => vm::run(&args.filter),
+        };
+        if let Err(error) = result {
+            eprintln!("error: {error:#}");
+            failed.push(format!("{suite:?}"));
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn unit(project: &Project, filter: &[String]) -> Result<()> {
+    ebpf::ensure(project)?;
+    let mut workspace = cmd::cargo(project);
+    workspace.args([
+        "test",
+        "--locked",
+        "--no-fail-fast",
+        "--workspace",
+        "--exclude",
+        "culvert-e2e",
+        "--",
+    ]);
+    let workspace = cmd::run(workspace.args(filter));
+    // The decisions of the eBPF programs are plain functions: they are tested here, by this host's compiler.
+    let mut programs = ebpf::host_cargo(project, "test");
+    let programs = cmd::run(programs.args(["--lib", "--"]).args(filter));
+    workspace.and(programs)
+}
+
+fn e2e(project: &Project, filter: &[String]) -> Result<()> {
+    host::ensure_packages(host::PROGRAMS, "the end-to-end tests")?;
+    bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
+    host::ensure_bpffs()?;
+    let mut tests = cmd::cargo(project);
+    tests.args([
+        "test",
+        "--locked",
+        "--no-fail-fast",
+        "--package",
+        "culvert-e2e",
+        "--",
+    ]);
+    tests.args(["--test-threads", E2E_THREADS]).args(filter);
+    bins::locate(&mut tests, project, Profile::Dev);
+    cmd::run(&mut tests)
+        .context("end-to-end tests failed; each prints how to look into its namespaces")
+}
