@@ -167,3 +167,76 @@ fn quote(word: &str) -> String {
         format!("'{}'", word.replace('\u{1f}', " ").replace('\'', r"'\''"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_toolchain_sees_no_choice_of_ours() {
+        for name in [
+            "CARGO_ENCODED_RUSTFLAGS",
+            "CARGO_BUILD_TARGET",
+            "RUSTUP_TOOLCHAIN",
+            "RUSTFLAGS",
+            "RUSTC",
+            "CARGO",
+        ] {
+            assert!(selects_toolchain(name), "{name}");
+        }
+        for name in [
+            "CARGO_HOME",
+            "CARGO_HTTP_PROXY",
+            "CARGO_NET_OFFLINE",
+            "RUSTUP_HOME",
+            "PATH",
+            "RUST_BACKTRACE",
+        ] {
+            assert!(!selects_toolchain(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_cargo_run_set_stays_here() {
+        for name in ["CARGO_MANIFEST_DIR", "CARGO_PKG_NAME", "CARGO_BIN_NAME"] {
+            assert!(is_set_by_cargo_run(name), "{name}");
+        }
+        for name in ["CARGO_HOME", "CARGO_TARGET_DIR", "CARGO"] {
+            assert!(!is_set_by_cargo_run(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn library_path_keeps_what_the_user_set() {
+        let path = "/w/target/debug/deps:/opt/lib:/r/toolchains/stable/lib:/r/lib/rustlib/x/lib";
+        assert_eq!(
+            library_path_of_user(OsStr::new(path)),
+            Some("/opt/lib".into())
+        );
+        assert_eq!(library_path_of_user(OsStr::new("/w/target/debug")), None);
+    }
+
+    #[test]
+    fn a_command_is_shown_as_one_would_type_it() {
+        let mut command = Command::new("apt-get");
+        command
+            .args(["install", "a b", "it's"])
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .env_remove("RUSTC");
+        assert_eq!(
+            show(&command),
+            r"DEBIAN_FRONTEND=noninteractive apt-get install 'a b' 'it'\''s'"
+        );
+    }
+
+    #[test]
+    fn a_failing_command_is_an_error_that_names_it() {
+        let error = run(&mut Command::new("false")).unwrap_err();
+        assert!(error.to_string().contains("`false` failed"), "{error}");
+        let error = output(&mut Command::new("/nonexistent/program")).unwrap_err();
+        assert!(
+            error.to_string().contains("/nonexistent/program"),
+            "{error}"
+        );
+    }
+}

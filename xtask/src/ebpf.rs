@@ -22,6 +22,7 @@ pub(crate) fn ensure(project: &Project) -> Result<()> {
     if is_current(&object, &sources, &compiler) {
         return Ok(());
     }
+    toolchain.check()?;
     eprintln!("building the eBPF programs with {}", toolchain.name);
     run(&mut toolchain.cargo(project, "build")?).context(toolchain.hint())?;
     let built = toolchain

@@ -208,3 +208,49 @@ fn has_bpffs(mounts: &str) -> bool {
         fields.next() == Some("/sys/fs/bpf") && fields.next() == Some("bpf")
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bpffs_is_found_where_it_counts() {
+        assert!(has_bpffs(
+            "proc /proc proc rw 0 0\nbpf /sys/fs/bpf bpf rw,mode=700 0 0\n"
+        ));
+        assert!(has_bpffs("none /sys/fs/bpf bpf rw 0 0"));
+        assert!(!has_bpffs(
+            "bpf /tmp/bpf bpf rw 0 0\ntmpfs /sys/fs/bpf tmpfs rw 0 0\n"
+        ));
+        assert!(!has_bpffs(""));
+    }
+
+    #[test]
+    fn packages_are_proven_by_a_program_or_a_file() {
+        let there = Package {
+            name: "a",
+            proof: "sh",
+        };
+        let file = Package {
+            name: "b",
+            proof: "/proc/self/mounts",
+        };
+        let absent = Package {
+            name: "c",
+            proof: "no-such-program-anywhere",
+        };
+        let gone = Package {
+            name: "d",
+            proof: "/no/such/file",
+        };
+        assert_eq!(missing(&[there, absent, file, gone]), [absent, gone]);
+        assert_eq!(
+            install_line(&[absent, gone]),
+            "apt-get install --yes --no-install-recommends c d"
+        );
+        assert!(
+            ensure_packages(&[there, file], "nothing").is_ok(),
+            "nothing to do is done without root"
+        );
+    }
+}

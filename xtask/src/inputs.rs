@@ -96,3 +96,104 @@ impl Fnv {
         format!("{:032x}", self.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tree of its own for one test, removed when the test ends.
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(name: &str, files: &[(&str, &str)]) -> Self {
+            let root =
+                env::temp_dir().join(format!("culvert-inputs-{name}-{}", std::process::id()));
+            let tree = Self(root);
+            for (path, content) in files {
+                tree.write(path, content);
+            }
+            tree
+        }
+
+        fn write(&self, path: &str, content: &str) {
+            let path = self.0.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+
+        fn hash(&self) -> String {
+            hash(&self.0).unwrap()
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const FILES: &[(&str, &str)] = &[
+        ("ebpf/Cargo.toml", "[package]"),
+        ("ebpf/Cargo.lock", ""),
+        ("ebpf/src/main.rs", "a"),
+        ("ebpf/src/deep/b.rs", "b"),
+    ];
+
+    #[test]
+    fn hash_is_fnv_1a() {
+        // The reference value of the empty input, and of "a" without our length field.
+        assert_eq!(Fnv::new().hex(), "6c62272e07bb014262b821756295c58d");
+        let mut hash = Fnv::new();
+        hash.bytes(b"a");
+        assert_eq!(hash.hex(), "d228cb696f1a8caf78912b704e4a8964");
+    }
+
+    #[test]
+    fn fields_do_not_run_into_one_another() {
+        let both = |a: &[u8], b: &[u8]| {
+            let mut hash = Fnv::new();
+            hash.field(a);
+            hash.field(b);
+            hash.hex()
+        };
+        assert_ne!(both(b"ab", b"c"), both(b"a", b"bc"));
+    }
+
+    #[test]
+    fn every_edit_shows_and_the_place_does_not() {
+        let tree = Tree::new("edit", FILES);
+        let before = tree.hash();
+        assert_eq!(Tree::new("elsewhere", FILES).hash(), before);
+
+        for (path, _) in FILES {
+            let edited = Tree::new("edited", FILES);
+            edited.write(path, "edited");
+            assert_ne!(edited.hash(), before, "{path}");
+        }
+        tree.write("ebpf/src/deep/c.rs", "");
+        assert_ne!(tree.hash(), before, "a new file, even an empty one");
+    }
+
+    #[test]
+    fn what_is_not_an_input_does_not_count() {
+        let tree = Tree::new("other", FILES);
+        let before = tree.hash();
+        tree.write("ebpf/target/x.rs", "x");
+        tree.write("ebpf/src/.main.rs.swp", "x");
+        assert_eq!(tree.hash(), before);
+    }
+
+    #[test]
+    fn missing_sources_are_an_error() {
+        assert!(hash(Path::new("/nonexistent")).is_err());
+    }
+
+    #[test]
+    fn a_note_is_read_by_key() {
+        let note = "sources abc\ntoolchain def\n";
+        assert_eq!(note_value(note, "sources"), Some("abc"));
+        assert_eq!(note_value(note, "toolchain"), Some("def"));
+        assert_eq!(note_value(note, "other"), None);
+        assert_eq!(note_path(Path::new("/t/o")), Path::new("/t/o.inputs"));
+    }
+}

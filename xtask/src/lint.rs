@@ -19,7 +19,7 @@ pub(crate) fn main() -> Result<()> {
     ebpf::ensure(&project)?;
     let toolchain = Toolchain::ensure(&project)?;
     let project = &project;
-    let checks: [Check<'_>; 8] = [
+    let checks: [Check<'_>; 9] = [
         ("files", Box::new(|| files::check(project))),
         ("licences", Box::new(|| licences::check(project))),
         (
@@ -40,6 +40,10 @@ pub(crate) fn main() -> Result<()> {
             Box::new(|| cmd::run(&mut toolchain.clippy(project)?)),
         ),
         ("documentation", Box::new(|| cmd::run(&mut doc(project)))),
+        (
+            "documentation, ebpf",
+            Box::new(|| cmd::run(&mut ebpf_doc(project))),
+        ),
     ];
     let mut failed = Vec::new();
     for (name, check) in checks {
@@ -91,6 +95,13 @@ fn doc(project: &Project) -> Command {
         "--no-deps",
         "--document-private-items",
     ]);
+    command.env("RUSTDOCFLAGS", "-D warnings");
+    command
+}
+
+fn ebpf_doc(project: &Project) -> Command {
+    let mut command = ebpf::host_cargo(project, "doc");
+    command.args(["--lib", "--no-deps", "--document-private-items"]);
     command.env("RUSTDOCFLAGS", "-D warnings");
     command
 }

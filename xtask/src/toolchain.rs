@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    cmd::{announced, foreign_cargo},
+    cmd::{announced, foreign_cargo, output},
     host::{self, Package},
     inputs::Fnv,
     project::Project,
@@ -24,11 +24,12 @@ use crate::{
 const COMPILER: [Package; 3] = [
     Package {
         name: "rustc-web",
-        proof: "/usr/bin/rustc",
+        // Not /usr/bin/rustc: that may be the older compiler of the package `rustc`.
+        proof: "/var/lib/dpkg/info/rustc-web.list",
     },
     Package {
         name: "cargo-web",
-        proof: "/usr/bin/cargo",
+        proof: "/var/lib/dpkg/info/cargo-web.list",
     },
     Package {
         name: "rust-web-src",
@@ -67,6 +68,7 @@ const CLIPPY: [Package; 1] = [Package {
 }];
 
 const LLVM: &str = "/usr/lib/llvm-22";
+const LLVM_MAJOR: u32 = 22;
 const LINKER_VERSION: &str = "0.13.0";
 
 /// The user-level way, for messages.
@@ -318,6 +320,23 @@ impl Toolchain {
         hash.hex()
     }
 
+    /// Whether compiler and linker are on the same LLVM, where that is ours to arrange. Asked only before a build: it
+    /// starts the compiler.
+    pub(crate) fn check(&self) -> Result<()> {
+        if !self.bootstrap {
+            return Ok(());
+        }
+        let version = output(foreign_cargo(&self.rustc).arg("-vV"))?;
+        match llvm_major(&version) {
+            Some(LLVM_MAJOR) => Ok(()),
+            _ => bail!(
+                "{} is not on LLVM {LLVM_MAJOR}, as bpf-linker here is; it says:\n{version}bring it up to date as root:\n    \
+                 apt-get update && apt-get install --yes rustc-web cargo-web rust-web-src\nor, as yourself:\n    {RUSTUP_CURE}",
+                self.rustc.display()
+            ),
+        }
+    }
+
     /// What to add to a failed build: the usual reason for it.
     pub(crate) fn hint(&self) -> &'static str {
         if self.bootstrap {
@@ -327,6 +346,13 @@ impl Toolchain {
              PATH is on an older LLVM than the nightly: `cargo install bpf-linker --force`"
         }
     }
+}
+
+fn llvm_major(version: &str) -> Option<u32> {
+    let llvm = version
+        .lines()
+        .find_map(|line| line.strip_prefix("LLVM version: "))?;
+    llvm.split('.').next()?.trim().parse().ok()
 }
 
 fn install_compiler(install: &[Package]) -> Result<()> {
@@ -367,4 +393,129 @@ fn build_own_linker(project: &Project) -> Result<()> {
         .arg(project.tools())
         .env("LLVM_PREFIX", LLVM);
     announced(&mut command).context("bpf-linker did not build")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nightly() -> Option<PathBuf> {
+        Some("/r/toolchains/nightly-x86_64".into())
+    }
+
+    #[test]
+    fn nightly_with_a_linker_comes_first() {
+        let probe = Probe {
+            nightly: nightly(),
+            linker_on_path: Some("/bin/bpf-linker".into()),
+            own_linker: true,
+            ..Probe::default()
+        };
+        assert_eq!(
+            choose(probe),
+            Choice::Rustup("/r/toolchains/nightly-x86_64".into())
+        );
+    }
+
+    #[test]
+    fn half_of_the_rustup_way_is_not_a_way() {
+        let without_linker = Probe {
+            nightly: nightly(),
+            own_linker: true,
+            ..Probe::default()
+        };
+        let without_source = Probe {
+            linker_on_path: Some("/bin/bpf-linker".into()),
+            own_linker: true,
+            ..Probe::default()
+        };
+        for probe in [without_linker, without_source] {
+            assert_eq!(
+                choose(probe),
+                Choice::Debian {
+                    install: vec![],
+                    build_linker: false
+                }
+            );
+        }
+    }
+
+    #[test]
+    fn a_fresh_machine_gets_compiler_and_linker() {
+        let probe = Probe {
+            missing_compiler: COMPILER.to_vec(),
+            missing_linker_build: LINKER_BUILD.to_vec(),
+            ..Probe::default()
+        };
+        let Choice::Debian {
+            install,
+            build_linker: true,
+        } = choose(probe)
+        else {
+            panic!("wrong way")
+        };
+        assert_eq!(install, [&COMPILER[..], &LINKER_BUILD[..]].concat());
+    }
+
+    #[test]
+    fn what_built_the_linker_is_not_needed_once_it_is_there() {
+        let probe = Probe {
+            missing_linker_build: LINKER_BUILD.to_vec(),
+            own_linker: true,
+            ..Probe::default()
+        };
+        assert_eq!(
+            choose(probe),
+            Choice::Debian {
+                install: vec![],
+                build_linker: false
+            }
+        );
+    }
+
+    #[test]
+    fn the_linker_alone_is_built_without_packages() {
+        assert_eq!(
+            choose(Probe::default()),
+            Choice::Debian {
+                install: vec![],
+                build_linker: true
+            }
+        );
+    }
+
+    #[test]
+    fn nightlies_are_ranked_and_need_their_source() {
+        let toolchains = env::temp_dir().join(format!("culvert-toolchains-{}", std::process::id()));
+        let add = |name: &str, source: bool| {
+            let library = toolchains
+                .join(name)
+                .join("lib/rustlib/src/rust/library/core");
+            fs::create_dir_all(&library).unwrap();
+            if source {
+                fs::write(library.join("Cargo.toml"), "").unwrap();
+            }
+        };
+        let found = || {
+            let dir = nightly_with_source(&toolchains)?;
+            Some(dir.file_name()?.to_str()?.to_owned())
+        };
+        assert_eq!(found(), None, "no rustup at all");
+        add("stable-x86_64", true);
+        add("nightly-x86_64", false);
+        assert_eq!(found(), None, "a nightly without source");
+        add("nightly-2026-01-02-x86_64", true);
+        add("nightly-2026-03-01-x86_64", true);
+        assert_eq!(found().as_deref(), Some("nightly-2026-03-01-x86_64"));
+        add("nightly-x86_64", true);
+        assert_eq!(found().as_deref(), Some("nightly-x86_64"));
+        fs::remove_dir_all(&toolchains).unwrap();
+    }
+
+    #[test]
+    fn llvm_is_read_from_what_rustc_says() {
+        let text = "rustc 1.96.0\nrelease: 1.96.0\nLLVM version: 22.1.8\n";
+        assert_eq!(llvm_major(text), Some(22));
+        assert_eq!(llvm_major("rustc 1.96.0\n"), None);
+    }
 }
