@@ -5,7 +5,8 @@ use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{Lab, Ns, paths};
+use crate::ns::Place;
+use crate::{Child, Creds, Lab, Ns, paths};
 
 /// What a run of the binary came to.
 #[derive(Debug, Clone)]
@@ -70,6 +71,16 @@ impl Lab {
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
             args: args.join(" "),
         })
+    }
+
+    /// Starts `culvert` like that and lets it run, for `events`.
+    pub fn culvert_spawn(&self, args: &[&str]) -> Result<Child> {
+        Child::start(
+            self.node(),
+            Place::Machine,
+            Creds::Root,
+            self.culvert_command(args)?,
+        )
     }
 
     /// Attaches a namespace with further arguments, and fails unless that worked.

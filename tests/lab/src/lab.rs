@@ -183,7 +183,7 @@ impl Lab {
     }
 
     pub(crate) fn new_ns(&self, name: &str) -> Result<Ns> {
-        let ns = Ns::create(&self.id, name, self.cgroup.dir())?;
+        let ns = Ns::create(&self.id, name, self.cgroup.dir(), &self.scratch)?;
         self.namespaces
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

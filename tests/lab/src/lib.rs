@@ -18,22 +18,32 @@
 //! `ZTUNNEL_STANDIN_BIN` name binaries elsewhere than beside the running one.
 
 mod bpffs;
+mod capture;
 mod cgroup;
+mod creds;
 mod culvert;
 mod family;
 mod lab;
 mod links;
 mod netlink;
 mod ns;
+mod packet;
+mod packet_socket;
 mod paths;
 mod pod;
+mod process;
 mod routing;
 pub mod sockopt;
 mod sweep;
 
+pub use capture::Capture;
+pub use creds::Creds;
 pub use culvert::CulvertOutput;
 pub use family::Family;
 pub use lab::Lab;
+pub use nix::sys::signal::Signal;
 pub use ns::Ns;
+pub use packet::{Packet, Protocol, TcpFlags};
 pub use pod::PodBuilder;
+pub use process::Child;
 pub use routing::{Route, Rule, RuleAction};

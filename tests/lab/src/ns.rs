@@ -13,6 +13,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::Family;
 use crate::cgroup::Cgroup;
+use crate::creds::Creds;
 use crate::netlink::Netlink;
 use crate::paths::NETNS_DIR;
 
@@ -28,7 +29,17 @@ struct Inner {
     netlink: Netlink,
     cookie: u64,
     cgroup: PathBuf,
+    scratch: PathBuf,
     face: OnceLock<Face>,
+}
+
+/// Which cgroup a thread is to be in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// The lab's.
+    Lab,
+    /// Whichever it is in.
+    Machine,
 }
 
 /// How a namespace is joined to the rest of the lab.
@@ -42,7 +53,7 @@ pub(crate) struct Face {
 
 impl Ns {
     /// Makes a namespace with `lo` up, and a path for it below `/run/netns`.
-    pub(crate) fn create(lab_id: &str, name: &str, cgroup: &Path) -> Result<Self> {
+    pub(crate) fn create(lab_id: &str, name: &str, cgroup: &Path, scratch: &Path) -> Result<Self> {
         fs::create_dir_all(NETNS_DIR).with_context(|| format!("making {NETNS_DIR}"))?;
         let path = Path::new(NETNS_DIR).join(format!("{lab_id}@{name}"));
         let make = || -> Result<(File, Netlink, u64)> {
@@ -65,7 +76,7 @@ impl Ns {
         let (file, netlink, cookie) =
             on_thread(name, make).with_context(|| format!("making namespace {name}"))?;
         let name = name.to_owned();
-        let cgroup = cgroup.to_path_buf();
+        let (cgroup, scratch) = (cgroup.to_path_buf(), scratch.to_path_buf());
         let ns = Self(Arc::new(Inner {
             name,
             path,
@@ -73,6 +84,7 @@ impl Ns {
             netlink,
             cookie,
             cgroup,
+            scratch,
             face: OnceLock::new(),
         }));
         ns.set_up("lo")?;
@@ -166,6 +178,11 @@ impl Ns {
         &self.0.netlink
     }
 
+    /// Where files of the lab go.
+    pub(crate) fn scratch(&self) -> &Path {
+        &self.0.scratch
+    }
+
     /// How many handles to this namespace there are.
     pub(crate) fn handles(&self) -> usize {
         Arc::strong_count(&self.0)
@@ -174,35 +191,39 @@ impl Ns {
     /// Runs a closure on a thread of its own that is in this namespace and in the lab's cgroup. Threads and processes
     /// started by the closure are there as well. A panic goes on in the caller.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.run_as(Creds::Root, work)
+    }
+
+    /// Like `run`, as somebody. What the closure does through threads it finds running is done as whoever they are.
+    #[expect(
+        clippy::panic,
+        reason = "what a closure finds out in the wrong place would mean nothing"
+    )]
+    pub fn run_as<T: Send>(&self, creds: Creds, work: impl FnOnce() -> T + Send) -> T {
         on_thread(self.name(), || {
-            self.enter_all();
+            let become_them = || creds.apply().with_context(|| format!("becoming {creds}"));
+            if let Err(error) = self.enter(Place::Lab).and_then(|()| become_them()) {
+                panic!("{error:?}");
+            }
             work()
         })
     }
 
-    /// Puts the calling thread into this namespace, but not into the lab's cgroup.
+    /// Puts the calling thread into this namespace. Only for threads that end here.
     #[expect(
         clippy::disallowed_methods,
-        reason = "only threads made for one closure enter, and end in it"
+        reason = "the lab's own door to namespaces"
     )]
-    pub(crate) fn enter(&self) -> Result<()> {
+    pub(crate) fn enter(&self, place: Place) -> Result<()> {
         setns(self.fd(), CloneFlags::CLONE_NEWNET).with_context(|| {
             format!(
                 "entering namespace {}: run as root (CAP_SYS_ADMIN)",
                 self.name()
             )
-        })
-    }
-
-    /// Puts the calling thread into this namespace and the lab's cgroup. A lab that cannot do that is broken, and nothing
-    /// a test then sees would mean anything: it panics.
-    #[expect(
-        clippy::panic,
-        reason = "the closures of tests must not run in the wrong place"
-    )]
-    pub(crate) fn enter_all(&self) {
-        if let Err(error) = self.enter().and_then(|()| Cgroup::enter(&self.0.cgroup)) {
-            panic!("{error:?}");
+        })?;
+        match place {
+            Place::Lab => Cgroup::enter(&self.0.cgroup),
+            Place::Machine => Ok(()),
         }
     }
 
@@ -232,7 +253,7 @@ impl Ns {
     /// Like `run`, but outside the lab's cgroup: for the lab's own doings.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         on_thread(self.name(), || {
-            self.enter()?;
+            self.enter(Place::Machine)?;
             Ok(work())
         })
     }
