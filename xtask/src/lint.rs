@@ -19,16 +19,13 @@ pub(crate) fn main() -> Result<()> {
     ebpf::ensure(&project)?;
     let toolchain = Toolchain::ensure(&project)?;
     let project = &project;
-    let checks: [Check<'_>; 9] = [
+    let checks: [Check<'_>; 8] = [
         ("files", Box::new(|| files::check(project))),
         ("licences", Box::new(|| licences::check(project))),
+        // `--all` takes in the eBPF package, which is a path dependency of the agent.
         (
             "format",
             Box::new(|| cmd::run(cmd::cargo(project).args(["fmt", "--all", "--check"]))),
-        ),
-        (
-            "format, ebpf",
-            Box::new(|| cmd::run(ebpf_fmt(project).arg("--check"))),
         ),
         ("clippy", Box::new(|| cmd::run(&mut clippy(project)))),
         (
@@ -58,12 +55,6 @@ pub(crate) fn main() -> Result<()> {
     }
     println!("lint: all clean");
     Ok(())
-}
-
-fn ebpf_fmt(project: &Project) -> Command {
-    let mut command = cmd::cargo(project);
-    command.current_dir(project.ebpf()).arg("fmt");
-    command
 }
 
 fn clippy(project: &Project) -> Command {

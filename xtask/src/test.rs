@@ -28,8 +28,13 @@ enum Suite {
 pub(crate) struct Args {
     /// Which suite; all of them if left out
     suite: Option<Suite>,
-    /// Run only tests whose name contains one of these
-    #[arg(requires = "suite")]
+    /// Run only tests whose name contains one of these; `--exact`, `--nocapture` and, for `vm`, its own options
+    /// (`test vm --help`) go here too
+    #[arg(
+        requires = "suite",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
     filter: Vec<String>,
 }
 

@@ -78,7 +78,8 @@ fn lines_of_code(text: &str) -> usize {
 
 /// Test code may be long: a table of cases is one concept.
 fn is_test(path: &Path) -> bool {
-    path.starts_with("tests/e2e/tests") || path.file_stem().is_some_and(|stem| stem == "tests")
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    path.starts_with("tests/e2e/tests") || stem == "tests" || stem.ends_with("_tests")
 }
 
 #[cfg(test)]
