@@ -52,7 +52,7 @@ pub async fn one_way(
 }
 
 /// The other side may be gone already, which is no failure once everything has been said.
-async fn finish(to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+pub(crate) async fn finish(to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     match to.shutdown().await {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
         other => other,

@@ -7,6 +7,9 @@
 pub mod config;
 pub mod copy;
 pub mod counters;
+pub mod dns;
+pub mod hbone;
+pub mod identity;
 pub mod inbound;
 pub mod listeners;
 pub mod manager;
@@ -16,6 +19,7 @@ pub mod outbound;
 pub mod pod;
 pub mod sockets;
 pub mod stats;
+pub mod tls;
 pub mod workloads;
 pub mod zds;
 

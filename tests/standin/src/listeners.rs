@@ -3,20 +3,25 @@
 //! Owns addresses, accept loops and their end. What happens to an accepted connection is said elsewhere.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::pod::Pod;
-use crate::{INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, inbound, outbound, sockets};
+use crate::{
+    DNS_PORT, INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, dns, hbone, inbound,
+    outbound, sockets,
+};
 
 /// A pod's listeners, open but not served yet.
 #[derive(Debug)]
 pub struct Listeners {
     outbound: std::net::TcpListener,
     inbound: std::net::TcpListener,
+    hbone: std::net::TcpListener,
+    dns: Vec<(std::net::TcpListener, std::net::UdpSocket)>,
 }
 
 /// Opens all of them in the namespace of the calling thread: all or none.
@@ -28,9 +33,24 @@ pub fn open() -> anyhow::Result<Listeners> {
     let listen = |addr: SocketAddr| {
         sockets::listen(addr).with_context(|| format!("cannot listen on {addr} in the pod"))
     };
+    let mut loopback = vec![IpAddr::from(Ipv4Addr::LOCALHOST)];
+    if ipv6 {
+        loopback.push(Ipv6Addr::LOCALHOST.into());
+    }
+    let dns = |ip: IpAddr| {
+        let addr = SocketAddr::new(ip, DNS_PORT);
+        let udp =
+            sockets::bind_udp(addr).with_context(|| format!("cannot bind UDP {addr} in the pod"));
+        anyhow::Ok((listen(addr)?, udp?))
+    };
     Ok(Listeners {
         outbound: listen(sockets::wildcard(ipv6, OUTBOUND_PORT))?,
         inbound: listen(sockets::wildcard(ipv6, INBOUND_PLAINTEXT_PORT))?,
+        hbone: listen(sockets::wildcard(ipv6, INBOUND_HBONE_PORT))?,
+        dns: loopback
+            .into_iter()
+            .map(dns)
+            .collect::<anyhow::Result<_>>()?,
     })
 }
 
@@ -50,6 +70,21 @@ impl Listeners {
             pod.counters.inbound_accepts.one();
             pod.clone().spawn(inbound::serve(pod, stream, client));
         }));
+        let tunnels = sockets::watch_tcp(self.hbone)?;
+        pod.spawn(accept(pod.clone(), tunnels, |pod, stream, client| {
+            pod.counters.hbone_accepts.one();
+            pod.clone().spawn(hbone::server::serve(pod, stream, client));
+        }));
+        for (tcp, udp) in self.dns {
+            pod.spawn(dns::serve_udp(pod.clone(), sockets::watch_udp(udp)?));
+            pod.spawn(accept(
+                pod.clone(),
+                sockets::watch_tcp(tcp)?,
+                |pod, stream, client| {
+                    pod.clone().spawn(dns::serve_tcp(pod, stream, client));
+                },
+            ));
+        }
         Ok(())
     }
 }

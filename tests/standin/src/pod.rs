@@ -4,14 +4,18 @@
 
 use std::sync::Arc;
 
+use rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::counters::Counters;
+use crate::hbone::client::Pool;
+use crate::identity::Credentials;
 use crate::listeners;
 use crate::messages::WorkloadInfo;
 use crate::netns::Netns;
+use crate::tls;
 
 /// Who a pod is.
 #[derive(Clone, Debug)]
@@ -31,6 +35,12 @@ pub struct Pod {
     pub netns: Netns,
     /// What has happened in it.
     pub counters: Counters,
+    /// What it proves its identity with.
+    pub credentials: Credentials,
+    /// How it answers other proxies.
+    pub tls_server: Arc<ServerConfig>,
+    /// Its connections to other proxies.
+    pub pool: Pool,
     /// Settings shared by all pods.
     pub config: Arc<Config>,
     accepting: CancellationToken,
@@ -48,19 +58,27 @@ impl Pod {
         workload: Workload,
         netns: Netns,
     ) -> anyhow::Result<Arc<Self>> {
+        let credentials = config.ca.issue(&workload.info)?;
+        let tls_server = Arc::new(tls::server(&credentials)?);
         let opened = netns.run(listeners::open)??;
         let alive = CancellationToken::new();
         let pod = Arc::new(Self {
             workload,
             netns,
             counters: Counters::default(),
+            credentials,
+            tls_server,
+            pool: Pool::default(),
             config,
             accepting: alive.child_token(),
             alive,
             tasks: TaskTracker::new(),
         });
-        opened.serve(&pod)?;
-        tracing::info!(uid = pod.workload.uid, pod = %pod.name(), netns = pod.netns.inode(), "serving pod");
+        if let Err(error) = opened.serve(&pod) {
+            pod.cut();
+            return Err(error.into());
+        }
+        tracing::info!(uid = pod.workload.uid, pod = %pod.name(), netns = pod.netns.inode(), identity = %pod.credentials.id, "serving pod");
         Ok(pod)
     }
 

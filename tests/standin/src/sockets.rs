@@ -117,6 +117,8 @@ pub fn watch_udp(socket: std::net::UdpSocket) -> io::Result<UdpSocket> {
 pub enum Source {
     /// The given address if it is one of the pod's, else what the routes say: traffic of the pod itself.
     Own(IpAddr),
+    /// What the routes say.
+    Any,
     /// The given address, whoever it belongs to: delivery to the app, which must see its client.
     Client(IpAddr),
 }
@@ -139,6 +141,19 @@ pub async fn connect(netns: &Netns, source: Source, to: SocketAddr) -> io::Resul
     Ok(stream)
 }
 
+/// A datagram socket inside the namespace that talks to `to` alone, with the proxy's mark.
+///
+/// # Errors
+/// When the namespace has no route there.
+pub fn udp_to(netns: &Netns, to: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = netns.run(|| {
+        let socket = marked(to, Type::DGRAM, Protocol::UDP)?;
+        socket.connect(&to.into())?;
+        Ok::<_, io::Error>(socket)
+    })??;
+    UdpSocket::from_std(socket.into())
+}
+
 fn outgoing(source: Source, to: SocketAddr) -> io::Result<TcpSocket> {
     let socket = marked(to, Type::STREAM, Protocol::TCP)?;
     match source {
@@ -153,7 +168,7 @@ fn outgoing(source: Source, to: SocketAddr) -> io::Result<TcpSocket> {
         Source::Client(ip) if ip != to.ip() && ip.is_ipv4() == to.is_ipv4() => {
             bind_to_client(&socket, ip)?
         }
-        Source::Own(_) | Source::Client(_) => {}
+        Source::Any | Source::Own(_) | Source::Client(_) => {}
     }
     Ok(TcpSocket::from_std_stream(socket.into()))
 }

@@ -12,6 +12,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use serde::Deserialize;
 
+use crate::identity::SpiffeId;
+
 /// How soon a changed file is noticed.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -20,7 +22,7 @@ const POLL: Duration = Duration::from_millis(100);
 #[serde(deny_unknown_fields)]
 pub struct Peer {
     /// The SPIFFE identity its certificate must carry.
-    pub identity: String,
+    pub identity: SpiffeId,
     /// Whether it is reached through HBONE at all.
     #[serde(default = "yes")]
     pub hbone: bool,
@@ -44,14 +46,11 @@ impl FromStr for PeerArg {
         let addr: IpAddr = addr
             .parse()
             .with_context(|| format!("{addr} is not an IP address"))?;
-        anyhow::ensure!(
-            identity.starts_with("spiffe://"),
-            "{identity} is not a SPIFFE identity (spiffe://DOMAIN/ns/NS/sa/SA)"
-        );
+        let identity = identity.parse()?;
         Ok(Self(
             addr.to_canonical(),
             Peer {
-                identity: identity.to_owned(),
+                identity,
                 hbone: true,
             },
         ))
@@ -163,7 +162,7 @@ mod tests {
             .parse()
             .unwrap();
         assert_eq!(addr, "10.0.0.2".parse::<IpAddr>().unwrap());
-        assert_eq!(peer.identity, "spiffe://cluster.local/ns/a/sa/b");
+        assert_eq!(peer.identity.as_str(), "spiffe://cluster.local/ns/a/sa/b");
         for bad in ["10.0.0.2", "x=spiffe://a", "10.0.0.2=cluster.local"] {
             assert!(bad.parse::<PeerArg>().is_err(), "{bad}");
         }
@@ -172,10 +171,13 @@ mod tests {
     #[tokio::test]
     async fn file_is_followed() {
         let file = std::env::temp_dir().join(format!("standin-peers-{}.json", std::process::id()));
-        std::fs::write(&file, r#"{"10.0.0.2": {"identity": "spiffe://a"}, "10.0.0.3": {"identity": "spiffe://b", "hbone": false}}"#).unwrap();
+        std::fs::write(&file, r#"{"10.0.0.2": {"identity": "spiffe://a/x"}, "10.0.0.3": {"identity": "spiffe://b/x", "hbone": false}}"#).unwrap();
         let workloads = Workloads::new(Vec::new(), Some(file.clone())).unwrap();
         let two = "10.0.0.2".parse().unwrap();
-        assert_eq!(workloads.hbone_peer(two).unwrap().identity, "spiffe://a");
+        assert_eq!(
+            workloads.hbone_peer(two).unwrap().identity.as_str(),
+            "spiffe://a/x"
+        );
         assert!(workloads.hbone_peer("10.0.0.3".parse().unwrap()).is_none());
 
         std::fs::write(&file, "{").unwrap();
