@@ -87,8 +87,8 @@ pub(crate) fn require_root(verb: &str) -> Result<()> {
     }
     bail!(
         "`cargo xtask {verb}` works with network namespaces and eBPF programs and needs root. Run as root:\n    \
-         cargo xtask {verb}\nor, keeping your own toolchain:\n    sudo --preserve-env=PATH,CARGO_HOME,RUSTUP_HOME \
-         env HOME=\"$HOME\" cargo xtask {verb}"
+         cargo xtask {verb}\nor, if root has no Rust of its own:\n    \
+         sudo env \"PATH=$PATH\" \"HOME=$HOME\" cargo xtask {verb}"
     );
 }
 
