@@ -26,7 +26,7 @@ struct Args {
     command: Option<Command>,
     /// Where `gen-ca` wrote the CA; without it, only pods of this process trust one another.
     #[arg(long, value_name = "DIR")]
-    ca: Option<PathBuf>,
+    ca_dir: Option<PathBuf>,
     /// The node agent's ZDS socket (SOCK_SEQPACKET).
     #[arg(
         long,
@@ -104,7 +104,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let config = Config {
-        ca: args.ca.as_deref().map_or_else(Ca::generate, Ca::load)?,
+        ca: args.ca_dir.as_deref().map_or_else(Ca::generate, Ca::load)?,
         workloads: Workloads::new(args.hbone_peers, args.workloads)?,
         dns: Dns::new(args.dns_names, args.dns_upstream),
         drain: Duration::from_secs(args.drain),
