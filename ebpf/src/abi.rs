@@ -124,8 +124,10 @@ pub struct Config {
     /// Decisions are reported until this moment of CLOCK_MONOTONIC, ns; 0 = nobody listens. A lease, so
     /// that a watcher that was killed costs nothing.
     pub events_until: u64,
+    /// Hash of the object the loaded programs come from; another one replaces them.
+    pub object_id: u64,
 }
-const _: () = assert!(size_of::<Config>() == 24);
+const _: () = assert!(size_of::<Config>() == 32);
 
 /// No process of the node may vouch for its connections.
 pub const PROBES_NONE: u32 = 0;
@@ -350,9 +352,15 @@ pub struct Record {
     pub enrolled_at: u64,
     /// Device of the nsfs the inode lives on.
     pub netns_dev: u64,
-    /// Earlier values of the sysctls we changed, one byte each, see the kernel door; 0xff = not there.
+    /// Hash of the object its `culvert_steer` comes from.
+    pub object_id: u64,
+    /// Earlier values of the sysctls we changed, one byte each, in the kernel door's order; [`NO_SYSCTL`]
+    /// where there is none.
     pub sysctls: [u8; 4],
-    /// `record_flags::*`.
-    pub flags: u32,
+    /// Zero.
+    pub pad: u32,
 }
-const _: () = assert!(size_of::<Record>() == 32);
+const _: () = assert!(size_of::<Record>() == 40);
+
+/// In [`Record::sysctls`]: this kernel or pod has no such setting.
+pub const NO_SYSCTL: u8 = 0xff;

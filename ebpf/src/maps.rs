@@ -3,6 +3,8 @@
 //! Pods come and go while the node runs, so what is keyed by pod is not preallocated; what is touched at
 //! `connect()` of a probe is (LRU).
 
+use core::cell::UnsafeCell;
+
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
     macros::map,
@@ -49,7 +51,8 @@ pub static RECORDS: HashMap<u64, Record> = HashMap::with_max_entries(MAX_PODS, B
 /// that other programs than sock_addr's can use.
 #[repr(C)]
 pub struct StorageDef {
-    map_type: u32,
+    /// The cell makes the section writable, as aya-ebpf's maps are: both must share one.
+    map_type: UnsafeCell<u32>,
     key_size: u32,
     value_size: u32,
     max_entries: u32,
@@ -58,10 +61,13 @@ pub struct StorageDef {
     pinning: u32,
 }
 
+// SAFETY: nobody reads or writes the definition; its address names the map to the loader.
+unsafe impl Sync for StorageDef {}
+
 #[unsafe(link_section = "maps")]
 #[unsafe(export_name = "ZTUNNEL_SOCKETS")]
 pub static ZTUNNEL_SOCKETS: StorageDef = StorageDef {
-    map_type: BPF_MAP_TYPE_SK_STORAGE,
+    map_type: UnsafeCell::new(BPF_MAP_TYPE_SK_STORAGE),
     key_size: 4,
     value_size: 4,
     max_entries: 0,

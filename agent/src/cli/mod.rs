@@ -1,0 +1,91 @@
+//! Arguments and dispatch.
+
+mod events;
+mod load;
+mod netns;
+mod output;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use culvert::kernel::{LoadOptions, pins};
+use output::Format;
+
+/// Carries pods' traffic into the node's own ztunnel with eBPF instead of iptables.
+#[derive(Debug, Parser)]
+#[command(name = "culvert", version, arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Global {
+    /// Directory on a bpffs where programs and maps are pinned.
+    #[arg(long, global = true, env = "CULVERT_BPFFS", default_value = pins::DEFAULT, value_name = "DIR")]
+    bpffs: PathBuf,
+    /// Directory of the cgroup v2 hierarchy to attach to [default: its root, found by looking].
+    #[arg(long, global = true, env = "CULVERT_CGROUP_ROOT", value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// How to print.
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    output: Format,
+    /// Say more: -v what is done, -vv every step.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+impl Global {
+    fn load_options(&self) -> LoadOptions {
+        LoadOptions { bpffs: self.bpffs.clone(), cgroup_root: self.cgroup_root.clone(), probe_source: None }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Load and pin the node programs, or put this build's in place of those that are there.
+    Load,
+    /// Remove the node programs and maps from the kernel.
+    Unload {
+        /// Even while pods are enrolled: their rules stay behind and their traffic is not captured.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Check for every capability, mount and kernel feature at once.
+    Preflight,
+    /// Enrol network namespaces by hand, let them go, look at them.
+    #[command(subcommand)]
+    Netns(netns::Command),
+    /// Print decisions as they happen.
+    Events(events::Args),
+}
+
+/// Runs the command of the process's arguments.
+pub(crate) fn run() -> ExitCode {
+    let args = Args::parse();
+    let level = match args.global.verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let global = &args.global;
+    let result = match &args.command {
+        Command::Load => load::load(global),
+        Command::Unload { force } => load::unload(global, *force),
+        Command::Preflight => load::preflight(global),
+        Command::Netns(command) => netns::run(global, command),
+        Command::Events(args) => events::run(global, args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            output::error(global.output, &error);
+            ExitCode::FAILURE
+        }
+    }
+}

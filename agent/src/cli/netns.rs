@@ -1,0 +1,329 @@
+//! `culvert netns ...`: manual control, usable without any agent.
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use culvert::kernel::{
+    Netns, Node, inspect, listeners,
+    pod::{self, Attached, Detached, Policy},
+    track::Tracker,
+};
+use culvert_ebpf::abi::{PROBES_NODE, PROBES_NONE};
+use ipnet::IpNet;
+use serde_json::json;
+
+use super::{
+    Global,
+    output::{Format, columns, print, row},
+};
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Capture namespaces, or change how an enrolled one is treated. Loads the node programs if need be.
+    Attach(AttachArgs),
+    /// Let namespaces go: new connections go direct at once, old ones live on.
+    Detach {
+        /// Namespace file: /run/netns/NAME, /proc/PID/ns/net.
+        #[arg(long, required = true, value_name = "PATH")]
+        netns: Vec<PathBuf>,
+        /// Wait this long for connections that still use our rules; then leave the rules to a later detach.
+        #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+        wait: u64,
+    },
+    /// Namespaces with anything of ours.
+    List,
+    /// What is programmed in one, whether it is whole, its listeners and counters.
+    Show {
+        /// Namespace file.
+        #[arg(long, value_name = "PATH")]
+        netns: PathBuf,
+    },
+    /// Keep enrolled namespaces in step with their addresses and interfaces until interrupted.
+    Watch,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AttachArgs {
+    /// Namespace file: /run/netns/NAME, /proc/PID/ns/net. Repeat for several.
+    #[arg(long, required = true, value_name = "PATH")]
+    netns: Vec<PathBuf>,
+    /// Leave connections to this network alone.
+    #[arg(long, value_name = "CIDR", value_parser = cidr)]
+    exclude_outbound_cidr: Vec<IpNet>,
+    /// Leave connections to this port alone.
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    exclude_outbound_port: Vec<u16>,
+    /// Leave connections to this port of the pod alone.
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    exclude_inbound_port: Vec<u16>,
+    /// Leave all inbound plaintext alone.
+    #[arg(long)]
+    bypass_inbound: bool,
+    /// Capture what is sent from behind this interface too (a VM's tap or bridge).
+    #[arg(long, value_name = "NAME")]
+    virtual_interface: Vec<String>,
+    /// How long new connections wait for a ztunnel that is away before they are refused: seconds or "forever".
+    #[arg(long, default_value = "10", value_name = "SECONDS", value_parser = hold)]
+    hold: Hold,
+    /// Process id of ztunnel: only its sockets may pass for ztunnel's. Without, the mark alone decides, which
+    /// a process with CAP_NET_RAW can forge.
+    #[arg(long, value_name = "PID")]
+    ztunnel: Vec<u32>,
+    /// Send TCP to port 53 to ztunnel's DNS listener.
+    #[arg(long)]
+    dns: bool,
+    /// Which processes may probe enrolled pods without passing through ztunnel (for the whole node).
+    #[arg(long, value_enum, value_name = "SOURCE")]
+    probe_source: Option<ProbeSource>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ProbeSource {
+    /// Every process in the node's network namespace.
+    Node,
+    /// Nobody.
+    None,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Hold(Option<Duration>);
+
+fn hold(text: &str) -> Result<Hold, String> {
+    if text == "forever" {
+        return Ok(Hold(None));
+    }
+    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is neither seconds nor \"forever\""))?;
+    Duration::try_from_secs_f64(seconds).map(|d| Hold(Some(d))).map_err(|e| e.to_string())
+}
+
+fn cidr(text: &str) -> Result<IpNet, String> {
+    let net = text.parse::<IpNet>().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
+    net.map_err(|_| format!("`{text}` is not a network: write 10.0.0.0/8 or fd00::/8"))
+}
+
+pub(crate) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Attach(args) => attach(global, args),
+        Command::Detach { netns, wait } => detach(global, netns, *wait),
+        Command::List => list(global),
+        Command::Show { netns } => show(global, netns),
+        Command::Watch => watch(global),
+    }
+}
+
+fn open(global: &Global) -> anyhow::Result<Node> {
+    Node::open(&global.bpffs)?.with_context(|| {
+        format!("nothing is loaded at {}: `culvert load` or `culvert netns attach` does so", global.bpffs.display())
+    })
+}
+
+fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
+    // Everything that can be wrong with the arguments comes before the first change.
+    let namespaces = args.netns.iter().map(|p| Netns::open(p)).collect::<Result<Vec<_>, _>>()?;
+    let mut options = global.load_options();
+    options.probe_source = args.probe_source.map(|s| match s {
+        ProbeSource::Node => PROBES_NODE,
+        ProbeSource::None => PROBES_NONE,
+    });
+    let home = Netns::current()?.cookie();
+    for netns in &namespaces {
+        anyhow::ensure!(
+            netns.cookie() != home,
+            "cannot enrol {}: this is the node's own network namespace; give the namespace of a pod, hostNetwork pods \
+             cannot be captured",
+            netns.path().display()
+        );
+    }
+    for pid in &args.ztunnel {
+        listeners::check_process(*pid)?;
+    }
+    let (node, _) = Node::load(&options)?;
+    pod::collect(&node)?;
+    for pid in &args.ztunnel {
+        listeners::name_process(&node, *pid)?;
+    }
+    let policy = Policy {
+        exclude_outbound_cidrs: args.exclude_outbound_cidr.clone(),
+        exclude_outbound_ports: args.exclude_outbound_port.clone(),
+        exclude_inbound_ports: args.exclude_inbound_port.clone(),
+        bypass_inbound: args.bypass_inbound,
+        virtual_interfaces: args.virtual_interface.clone(),
+        hold: args.hold.0,
+        dns: args.dns,
+        named_ztunnel: !args.ztunnel.is_empty(),
+    };
+    let mut done = Vec::new();
+    let mut failed = Vec::new();
+    for netns in &namespaces {
+        let started = Instant::now();
+        match pod::attach(&node, netns, &policy) {
+            Ok(outcome) => {
+                let took = started.elapsed();
+                let mut fetched = 0;
+                for pid in &args.ztunnel {
+                    fetched += listeners::fetch(&node, netns, *pid)?;
+                }
+                done.push(json!({
+                    "netns": netns.path(),
+                    "cookie": netns.cookie(),
+                    "result": match outcome { Attached::Enrolled => "enrolled", Attached::Updated => "updated" },
+                    "listeners_fetched": fetched,
+                    "took_us": u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+                }));
+            }
+            // One pod that fails does not hold up the rest.
+            Err(error) => failed.push(error),
+        }
+    }
+    print(global.output, &json!({ "pods": done }), |_| table(&done, &["netns", "cookie", "result", "took_us"]))?;
+    if args.ztunnel.is_empty() {
+        tracing::info!("ztunnel is told by its mark alone; name its process with --ztunnel PID");
+    }
+    report_failures(global, failed)
+}
+
+fn report_failures(global: &Global, failed: Vec<culvert::kernel::Error>) -> anyhow::Result<ExitCode> {
+    let code = if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    for error in failed {
+        super::output::error(global.output, &error.into());
+    }
+    Ok(code)
+}
+
+fn table(rows: &[serde_json::Value], keys: &[&str]) -> String {
+    let mut out = vec![keys.iter().map(|k| k.to_uppercase()).collect::<Vec<_>>()];
+    out.extend(rows.iter().map(|r| {
+        keys.iter().map(|k| r[*k].as_str().map_or_else(|| r[*k].to_string(), str::to_owned)).collect()
+    }));
+    columns(&out)
+}
+
+fn detach(global: &Global, paths: &[PathBuf], wait: u64) -> anyhow::Result<ExitCode> {
+    let Some(node) = Node::open(&global.bpffs)? else {
+        print(global.output, &json!({ "pods": [] }), |_| "nothing is loaded, so nothing is enrolled".to_owned())?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    // Namespaces that are gone by now have no file to name them by.
+    let collected = pod::collect(&node)?;
+    let mut done = Vec::new();
+    let mut failed = Vec::new();
+    for path in paths {
+        match Netns::open(path).and_then(|netns| detach_one(&node, &netns, Duration::from_secs(wait))) {
+            Ok((outcome, cookie)) => {
+                let (result, connections) = match outcome {
+                    Detached::Gone => ("detached", 0),
+                    Detached::Draining(n) => ("draining", n),
+                    Detached::NotEnrolled => ("not enrolled", 0),
+                };
+                done.push(json!({ "netns": path, "cookie": cookie, "result": result, "connections": connections }));
+            }
+            Err(error) if collected > 0 && !path.exists() => {
+                tracing::info!(%error, "the namespace is gone");
+                done.push(json!({ "netns": path, "cookie": null, "result": "gone", "connections": 0 }));
+            }
+            Err(error) => failed.push(error),
+        }
+    }
+    print(global.output, &json!({ "pods": done, "collected": collected }), |_| {
+        let mut text = table(&done, &["netns", "cookie", "result", "connections"]);
+        if done.iter().any(|d| d["result"] == "draining") {
+            text.push_str(
+                "\ndraining: these connections still go through ztunnel and keep the pod's rules; detach again once they \
+                 have ended, or use --wait\n",
+            );
+        }
+        if collected > 0 {
+            text.push_str(&format!("\ncleaned up after {collected} namespaces that are gone or drained\n"));
+        }
+        text
+    })?;
+    report_failures(global, failed)
+}
+
+fn detach_one(
+    node: &Node,
+    netns: &Netns,
+    wait: Duration,
+) -> culvert::kernel::Result<(Detached, culvert::kernel::NetnsCookie)> {
+    let end = Instant::now() + wait;
+    loop {
+        let outcome = pod::detach(node, netns)?;
+        if !matches!(outcome, Detached::Draining(_)) || Instant::now() >= end {
+            return Ok((outcome, netns.cookie()));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn list(global: &Global) -> anyhow::Result<ExitCode> {
+    let pods = match Node::open(&global.bpffs)? {
+        Some(node) => inspect::list(&node)?,
+        None => Vec::new(),
+    };
+    print(global.output, &json!({ "pods": pods }), |_| {
+        let mut rows = vec![row!["COOKIE", "STATE", "NETNS", "ADDRESSES"]];
+        for pod in &pods {
+            let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
+            let path = pod.path.as_ref().map_or("-".to_owned(), |p| p.display().to_string());
+            rows.push(row![pod.cookie, format!("{:?}", pod.state).to_lowercase(), path, addresses.join(" ")]);
+        }
+        columns(&rows)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(global: &Global, path: &std::path::Path) -> anyhow::Result<ExitCode> {
+    let netns = Netns::open(path)?;
+    let node = open(global)?;
+    let report = inspect::show(&node, &netns)?.with_context(|| {
+        format!("{} is not enrolled: `culvert netns list` shows what is", path.display())
+    })?;
+    print(global.output, &report, |r| {
+        let mut text = format!(
+            "{}: {}, {}\n",
+            path.display(),
+            format!("{:?}", r.summary.state).to_lowercase(),
+            if r.whole { "whole" } else { "NOT WHOLE" }
+        );
+        let mut section = |title: &str, lines: Vec<String>| {
+            if !lines.is_empty() {
+                text.push_str(&format!("{title}:\n"));
+                lines.iter().for_each(|l| text.push_str(&format!("  {l}\n")));
+            }
+        };
+        section("problems", r.problems.clone());
+        section("notes", r.notes.clone());
+        section("addresses", r.summary.addresses.iter().map(ToString::to_string).collect());
+        section("policy", r.policy.iter().map(|(k, v)| format!("{k}: {v}")).collect());
+        let listener = |l: &inspect::Listener| {
+            format!("{} {} (socket {}, rank {})", l.role, l.local.as_deref().unwrap_or("gone"), l.socket, l.rank)
+        };
+        section("listeners", r.listeners.iter().map(listener).collect());
+        section("programmed", r.programmed.clone());
+        let counted = r.counters.iter().filter(|(_, n)| **n > 0);
+        section("counters", counted.map(|(k, n)| format!("{k}: {n}")).collect());
+        section("connections with our marks", vec![r.marked_connections.to_string()]);
+        text
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn watch(global: &Global) -> anyhow::Result<ExitCode> {
+    let node = open(global)?;
+    let mut tracker = Tracker::new(&node);
+    let mut watched = usize::MAX;
+    loop {
+        let round = tracker.run_once(Duration::from_millis(500))?;
+        if round.watched != watched || round.synced > 0 {
+            watched = round.watched;
+            match global.output {
+                Format::Json => println!("{}", json!({ "watched": round.watched, "synced": round.synced })),
+                Format::Table => println!("watching {} pods, {} brought up to date", round.watched, round.synced),
+            }
+        }
+    }
+}

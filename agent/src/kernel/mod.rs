@@ -1,0 +1,27 @@
+//! The one door to the kernel: bpf(2), setns(2), rtnetlink, `/proc/sys`, bpffs.
+//!
+//! Nothing outside this module enters a namespace, touches a map or writes a sysctl; nothing inside it
+//! knows Kubernetes. Every operation is idempotent and says in its error what cures it.
+
+pub mod cgroup;
+pub mod error;
+pub mod events;
+pub mod inspect;
+pub mod listeners;
+pub mod maps;
+mod netconf;
+mod netlink;
+pub mod netns;
+pub mod node;
+pub mod object;
+pub mod pins;
+pub mod pod;
+pub mod preflight;
+pub mod sockdiag;
+mod sys;
+mod sysctl;
+pub mod track;
+
+pub use error::{Cause, Error, Result};
+pub use netns::{Netns, NetnsCookie};
+pub use node::{LoadOptions, LoadReport, Node};

@@ -1,0 +1,236 @@
+//! rtnetlink, spoken synchronously by the thread that is in the namespace concerned.
+//!
+//! One socket, one request at a time or one batch: a pod's rules and routes go to the kernel in a single
+//! system call. Nothing of ours ever runs `ip`.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sys::{
+    socket::{setsockopt, sockopt::ReceiveTimeout},
+    time::{TimeVal, TimeValLike},
+};
+
+use super::error::{Error, Result};
+
+/// What a batch asks for: adding or deleting, and the message.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// Must be new; already there counts as done.
+    Add(RouteNetlinkMessage),
+    /// New or replaced.
+    Replace(RouteNetlinkMessage),
+    /// Gone already counts as done.
+    Delete(RouteNetlinkMessage),
+}
+
+/// An rtnetlink socket of the namespace it was opened in.
+pub struct Rtnetlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl std::fmt::Debug for Rtnetlink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rtnetlink").field("fd", &self.socket.as_fd()).finish()
+    }
+}
+
+fn fail(operation: &'static str) -> impl Fn(io::Error) -> Error {
+    move |e| Error::system(operation, "rtnetlink", e)
+}
+
+impl Rtnetlink {
+    /// Opens one in the calling thread's namespace.
+    pub fn open() -> Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
+        socket.bind_auto().map_err(fail("bind"))?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(fail("connect"))?;
+        // The kernel answers within the call; an answer we fail to understand must not hang an enrolment.
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(5)).map_err(|e| fail("configure")(e.into()))?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Opens one that hears of changes of links and addresses; non-blocking.
+    pub fn subscribe() -> Result<Self> {
+        const LINK: u32 = 1;
+        const IPV4_ADDRESS: u32 = 5;
+        const IPV6_ADDRESS: u32 = 9;
+        let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
+        socket.bind_auto().map_err(fail("bind"))?;
+        for group in [LINK, IPV4_ADDRESS, IPV6_ADDRESS] {
+            socket.add_membership(group).map_err(fail("subscribe to"))?;
+        }
+        socket.set_non_blocking(true).map_err(fail("configure"))?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Reads away what a subscription brought; true when there was anything, overflow included.
+    pub fn drain(&self) -> bool {
+        let mut heard = false;
+        let mut buffer = Vec::with_capacity(8192);
+        loop {
+            buffer.clear();
+            match self.socket.recv(&mut buffer, 0) {
+                Ok(_) => heard = true,
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => heard = true,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return heard,
+            }
+        }
+    }
+
+    /// Its descriptor, to wait on.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn message(&mut self, payload: RouteNetlinkMessage, flags: u16) -> NetlinkMessage<RouteNetlinkMessage> {
+        let mut message = NetlinkMessage::from(payload);
+        self.sequence += 1;
+        message.header.sequence_number = self.sequence;
+        message.header.flags = NLM_F_REQUEST | flags;
+        message.finalize();
+        message
+    }
+
+    /// Everything the kernel lists for `request`.
+    pub fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+        // A dump that changed under our eyes is asked for again, a few times.
+        for _ in 0..8 {
+            let message = self.message(request.clone(), NLM_F_DUMP);
+            let mut out = vec![0; message.buffer_len()];
+            message.serialize(&mut out);
+            self.socket.send(&out, 0).map_err(fail("send to"))?;
+            let mut replies = Vec::new();
+            if self.collect(message.header.sequence_number, &mut replies)? {
+                return Ok(replies);
+            }
+        }
+        Err(Error {
+            retryable: true,
+            ..Error::wrong("list", "rtnetlink", "the tables keep changing while they are read", "try again")
+        })
+    }
+
+    /// Reads to the end of a dump; false when it was interrupted by a change.
+    fn collect(&mut self, sequence: u32, replies: &mut Vec<RouteNetlinkMessage>) -> Result<bool> {
+        const NLM_F_DUMP_INTR: u16 = 0x10;
+        let mut whole = true;
+        loop {
+            let buffer = self.receive()?;
+            for message in messages(&buffer)? {
+                if message.header.sequence_number != sequence {
+                    continue;
+                }
+                whole &= message.header.flags & NLM_F_DUMP_INTR == 0;
+                match message.payload {
+                    NetlinkPayload::Done(_) => return Ok(whole),
+                    NetlinkPayload::InnerMessage(inner) => replies.push(inner),
+                    NetlinkPayload::Error(e) if e.code.is_some() => return Err(fail("list")(e.to_io())),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn receive(&self) -> Result<Vec<u8>> {
+        loop {
+            // Dumps come in packets of up to 32 KiB.
+            let mut buffer = Vec::with_capacity(32 * 1024);
+            match self.socket.recv(&mut buffer, 0) {
+                Ok(_) => return Ok(buffer),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(fail("read from")(e)),
+            }
+        }
+    }
+
+    /// Applies changes in order, in one system call; all are tried, the first failure is returned.
+    pub fn apply(&mut self, changes: &[Change]) -> Result<()> {
+        // Acks are queued on our side: stay far below the default receive buffer.
+        for chunk in changes.chunks(64) {
+            self.apply_chunk(chunk)?;
+        }
+        Ok(())
+    }
+
+    fn apply_chunk(&mut self, changes: &[Change]) -> Result<()> {
+        let mut out = Vec::new();
+        let mut pending = std::collections::HashMap::new();
+        for change in changes {
+            let (payload, flags, done) = match change {
+                Change::Add(m) => (m, NLM_F_CREATE | NLM_F_EXCL, libc::EEXIST),
+                Change::Replace(m) => (m, NLM_F_CREATE | NLM_F_REPLACE, 0),
+                Change::Delete(m) => (m, 0, libc::ENOENT),
+            };
+            let message = self.message(payload.clone(), flags | NLM_F_ACK);
+            let start = out.len();
+            out.resize(start + message.buffer_len().next_multiple_of(4), 0);
+            message.serialize(&mut out[start..]);
+            pending.insert(message.header.sequence_number, (done, change));
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        self.socket.send(&out, 0).map_err(fail("send to"))?;
+        let mut first = None;
+        while !pending.is_empty() {
+            let buffer = self.receive()?;
+            for message in messages(&buffer)? {
+                let Some((done, change)) = pending.remove(&message.header.sequence_number) else { continue };
+                let NetlinkPayload::Error(ack) = message.payload else { continue };
+                let cause = ack.to_io();
+                let code = cause.raw_os_error().unwrap_or(0);
+                // Routes that are gone answer ESRCH.
+                let fine = ack.code.is_none()
+                    || code == done
+                    || matches!(change, Change::Delete(_)) && matches!(code, libc::ESRCH | libc::ENODEV);
+                if !fine && first.is_none() {
+                    first = Some(Error::system("change", describe(change), cause));
+                }
+            }
+        }
+        first.map_or(Ok(()), Err)
+    }
+}
+
+fn describe(change: &Change) -> String {
+    let (verb, message) = match change {
+        Change::Add(m) => ("add", m),
+        Change::Replace(m) => ("replace", m),
+        Change::Delete(m) => ("delete", m),
+    };
+    match message {
+        RouteNetlinkMessage::NewRule(r) | RouteNetlinkMessage::DelRule(r) => format!("rule ({verb} {:?})", r.attributes),
+        RouteNetlinkMessage::NewRoute(r) | RouteNetlinkMessage::DelRoute(r) => {
+            format!("route ({verb} {:?})", r.attributes)
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+fn messages(buffer: &[u8]) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {
+    let mut found = Vec::new();
+    let mut rest = buffer;
+    while rest.len() >= 16 {
+        let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
+        if length < 16 || length > rest.len() {
+            break;
+        }
+        // A kind this library does not know is no reason to lose the others.
+        match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]) {
+            Ok(message) => found.push(message),
+            Err(error) => tracing::debug!(%error, "netlink message not understood"),
+        }
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+    }
+    Ok(found)
+}

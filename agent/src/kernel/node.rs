@@ -1,0 +1,371 @@
+//! The node's side: maps and the two node-wide programs, loaded, adopted, replaced, removed.
+//!
+//! Everything is pinned, so it outlives the process that made it. A later process adopts pins of its own
+//! ABI version and puts its programs behind the existing links; between the old program and the new there
+//! is no moment without one.
+
+use std::{
+    fs::{self, File},
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use culvert_ebpf::abi::{ABI_VERSION, Config, PROBES_NODE, maps as map_names, programs as names};
+use serde::Serialize;
+
+use super::{
+    cgroup,
+    error::{Error, Result},
+    maps::Maps,
+    netns::Netns,
+    object::{self, ATTACH_SETSOCKOPT, ATTACH_SOCK_OPS, Programs},
+    pins::{self, Lock, Pins},
+    sys,
+};
+
+/// Settings of [`Node::load`].
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Where to pin.
+    pub bpffs: PathBuf,
+    /// Where to attach; none = the v2 root, found by looking.
+    pub cgroup_root: Option<PathBuf>,
+    /// Who may vouch for probes, `PROBES_*`; none = as it is, [`PROBES_NODE`] at first.
+    pub probe_source: Option<u32>,
+}
+
+/// The node's maps and programs, as long as this process has them open.
+#[derive(Debug)]
+pub struct Node {
+    pins: Pins,
+    maps: Maps,
+    programs: Programs,
+}
+
+/// What happened to one program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProgramAction {
+    /// It was not there.
+    Loaded,
+    /// Another one was there.
+    Replaced,
+    /// It is there already.
+    Kept,
+    /// Loaded once to see that it passes the verifier; each pod gets a copy.
+    Checked,
+}
+
+/// One program, for `culvert load`.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProgramReport {
+    /// Name.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: &'static str,
+    /// What happened.
+    pub action: ProgramAction,
+    /// Hash of the instructions, hexadecimal.
+    pub tag: String,
+    /// Size after the verifier, bytes.
+    pub bytes_xlated: u32,
+    /// Size as machine code, bytes.
+    pub bytes_jited: u32,
+    /// Instructions the verifier walked.
+    pub verified_instructions: u32,
+    /// Time the kernel took to verify and compile it, µs; none if it was there already.
+    pub load_time_us: Option<u64>,
+}
+
+/// What [`Node::load`] did.
+#[derive(Clone, Debug, Serialize)]
+pub struct LoadReport {
+    /// Pin directory.
+    pub bpffs: PathBuf,
+    /// Cgroup the programs are attached to.
+    pub cgroup_root: PathBuf,
+    /// ABI of the maps.
+    pub abi_version: u32,
+    /// Maps were there and are used on.
+    pub adopted: bool,
+    /// Pods whose program was replaced.
+    pub pods_updated: usize,
+    /// The programs.
+    pub programs: Vec<ProgramReport>,
+}
+
+fn open_maps(pins: &Pins) -> Result<Maps> {
+    let mut fds: Vec<OwnedFd> = Vec::with_capacity(map_names::ALL.len());
+    for (name, want) in object::map_specs()? {
+        let path = pins.map(name);
+        let fd = sys::obj_get(&path).map_err(|e| {
+            Error::system("open pinned map", path.display(), e).cured_by(
+                "the pin directory is incomplete: `culvert unload --force` removes it (running pods lose capture)",
+            )
+        })?;
+        let have = sys::map_info(fd.as_fd()).map_err(|e| Error::system("examine", path.display(), e))?;
+        if (have.map_type, have.key_size, have.value_size) != (want.map_type, want.key_size, want.value_size) {
+            return Err(other_abi(pins, "of another layout"));
+        }
+        fds.push(fd);
+    }
+    let fds = fds.try_into().map_err(|_| other_abi(pins, "of another layout"))?;
+    let maps = Maps::from_fds(fds);
+    match maps.config.get(&0)? {
+        Some(config) if config.abi_version == ABI_VERSION => Ok(maps),
+        Some(config) => Err(other_abi(pins, &format!("of ABI version {}", config.abi_version))),
+        None => Err(other_abi(pins, "without a configuration")),
+    }
+}
+
+fn other_abi(pins: &Pins, what: &str) -> Error {
+    Error::wrong(
+        "adopt",
+        pins.root().display(),
+        format!("the maps pinned there are {what}, this is ABI version {ABI_VERSION}"),
+        "run the culvert that made them, or remove them with `culvert unload --force` (running pods lose capture) and \
+         attach again",
+    )
+}
+
+fn create_maps(pins: &Pins) -> Result<()> {
+    let scratch = pins.scratch()?;
+    let dir = scratch.join("maps");
+    let result = (|| {
+        fs::create_dir(&dir).map_err(|e| Error::system("make directory", dir.display(), e))?;
+        for (name, spec) in object::map_specs()? {
+            let fd = object::create_map(name, &spec)?;
+            let path = dir.join(name);
+            sys::obj_pin(fd.as_fd(), &path).map_err(|e| Error::system("pin map", path.display(), e))?;
+            if name == map_names::CONFIG {
+                let config = Config {
+                    abi_version: ABI_VERSION,
+                    probe_source: PROBES_NODE,
+                    node_cookie: Netns::current()?.cookie().0,
+                    events_until: 0,
+                    object_id: 0,
+                };
+                sys::map_update(fd.as_fd(), &0_u32.to_ne_bytes(), sys::bytes_of(&config), 0)
+                    .map_err(|e| Error::system("write to", "map CONFIG", e))?;
+            }
+        }
+        pins::publish(&dir, &pins.root().join("maps"))
+    })();
+    let swept = pins::remove(&scratch);
+    result.and(swept)
+}
+
+impl Node {
+    /// Opens what is pinned; none when nothing is.
+    pub fn open(bpffs: &Path) -> Result<Option<Self>> {
+        let pins = Pins::at(bpffs);
+        if !pins.exist() {
+            return Ok(None);
+        }
+        let maps = open_maps(&pins)?;
+        let programs = Programs::new(&maps)?;
+        Ok(Some(Self { pins, maps, programs }))
+    }
+
+    /// Makes sure that maps and programs are there and are this build's.
+    pub fn load(options: &LoadOptions) -> Result<(Self, LoadReport)> {
+        let (cgroup_path, cgroup) = match &options.cgroup_root {
+            Some(path) => (path.clone(), cgroup::open(path, true)?),
+            None => {
+                let path = cgroup::find_root()?;
+                let dir = cgroup::open(&path, false)?;
+                (path, dir)
+            }
+        };
+        let pins = Pins::at(&options.bpffs);
+        let _lock = pins.lock()?;
+        let adopted = pins.exist();
+        if !adopted {
+            create_maps(&pins)?;
+        }
+        let maps = open_maps(&pins)?;
+        let programs = Programs::new(&maps)?;
+        let node = Self { pins, maps, programs };
+        let mut config = node.config()?;
+        let current = config.object_id == object::id();
+        let mut report = LoadReport {
+            bpffs: options.bpffs.clone(),
+            cgroup_root: cgroup_path,
+            abi_version: ABI_VERSION,
+            adopted,
+            pods_updated: 0,
+            programs: Vec::new(),
+        };
+        report.programs.push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, &cgroup, current)?);
+        report.programs.push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, &cgroup, current)?);
+        report.programs.push(node.check_steer()?);
+        for pod in node.pins.pods() {
+            report.pods_updated += usize::from(node.refresh_steer(pod)?);
+        }
+        let wanted = Config {
+            object_id: object::id(),
+            probe_source: options.probe_source.unwrap_or(config.probe_source),
+            ..config
+        };
+        if wanted != config {
+            config = wanted;
+            node.maps.config.set(&0, &config)?;
+        }
+        Ok((node, report))
+    }
+
+    /// The maps.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// The pin directory.
+    #[must_use]
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// The programs, ready to be loaded.
+    #[must_use]
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// Takes the lock under which kernel state changes.
+    pub fn lock(&self) -> Result<Lock> {
+        self.pins.lock_existing()
+    }
+
+    /// Node-wide settings.
+    pub fn config(&self) -> Result<Config> {
+        self.maps.config.get(&0)?.ok_or_else(|| other_abi(&self.pins, "without a configuration"))
+    }
+
+    fn attach(&self, name: &'static str, kind: u32, cgroup: &File, current: bool) -> Result<ProgramReport> {
+        let path = self.pins.link(name);
+        let existing = sys::obj_get(&path).ok();
+        if let Some(link) = &existing
+            && current
+            && let Ok(info) = sys::cgroup_link_info(link.as_fd())
+            && info.target == cgroup_id(cgroup)?
+            && let Ok(prog) = sys::prog_by_id(info.prog_id)
+        {
+            return report(name, &prog, ProgramAction::Kept, None);
+        }
+        let started = Instant::now();
+        let prog = if kind == ATTACH_SOCK_OPS { self.programs.load_connect()? } else { self.programs.load_sockopt()? };
+        let took = started.elapsed();
+        let mut action = ProgramAction::Loaded;
+        let same_place = |link: &OwnedFd| {
+            let id = cgroup_id(cgroup).ok();
+            sys::cgroup_link_info(link.as_fd()).is_ok_and(|info| Some(info.target) == id)
+        };
+        match existing.filter(same_place) {
+            Some(link) => {
+                action = ProgramAction::Replaced;
+                sys::link_update(link.as_fd(), prog.as_fd())
+                    .map_err(|e| Error::system("replace program", name, e))?;
+            }
+            None => {
+                // Attached elsewhere, or not at all: the new link takes the old one's pin.
+                let link = sys::link_create(prog.as_fd(), cgroup.as_fd(), kind).map_err(|e| {
+                    Error::system("attach program", name, e).cured_by(
+                        "another program may be attached there exclusively: `bpftool cgroup show DIR` names it",
+                    )
+                })?;
+                let scratch = self.pins.scratch()?;
+                let temporary = scratch.join(name);
+                let pinned = sys::obj_pin(link.as_fd(), &temporary)
+                    .map_err(|e| Error::system("pin link", temporary.display(), e))
+                    .and_then(|()| pins::remove(&path))
+                    .and_then(|()| pins::publish(&temporary, &path));
+                pins::remove(&scratch)?;
+                pinned?;
+            }
+        }
+        report(name, &prog, action, Some(took))
+    }
+
+    fn check_steer(&self) -> Result<ProgramReport> {
+        let started = Instant::now();
+        let prog = self.programs.load_steer(0)?;
+        report(names::STEER, &prog, ProgramAction::Checked, Some(started.elapsed()))
+    }
+
+    /// Puts this build's `culvert_steer` behind a pod's link; false when it is there already or the pod is gone.
+    fn refresh_steer(&self, cookie: super::netns::NetnsCookie) -> Result<bool> {
+        let Some(mut record) = self.maps.records.get(&cookie.0)? else { return Ok(false) };
+        if record.object_id == object::id() {
+            return Ok(false);
+        }
+        let path = self.pins.pod(cookie);
+        let link = sys::obj_get(&path).map_err(|e| Error::system("open", path.display(), e))?;
+        let alive = sys::netns_link_info(link.as_fd()).is_ok_and(|info| info.target != 0);
+        if !alive {
+            return Ok(false);
+        }
+        let prog = self.programs.load_steer(cookie.0)?;
+        sys::link_update(link.as_fd(), prog.as_fd())
+            .map_err(|e| Error::system("replace program", format_args!("culvert_steer of pod {cookie}"), e))?;
+        record.object_id = object::id();
+        self.maps.records.set(&cookie.0, &record)?;
+        Ok(true)
+    }
+}
+
+/// Removes programs, links and maps. With pods enrolled only if forced: they would lose capture.
+pub fn unload(bpffs: &Path, force: bool) -> Result<bool> {
+    let pins = Pins::at(bpffs);
+    pins.check_bpffs()?;
+    if !pins.root().exists() {
+        return Ok(false);
+    }
+    let _lock = pins.lock_existing()?;
+    let pods = pins.pods();
+    if !pods.is_empty() && !force {
+        return Err(Error::wrong(
+            "unload",
+            bpffs.display(),
+            format!("{} pods are enrolled", pods.len()),
+            "let them go first: `culvert netns list`, `culvert netns detach --netns PATH`; or add --force, which leaves \
+             their rules behind and their traffic uncaptured",
+        ));
+    }
+    // Links first: a program without its maps would answer wrongly, one without its link not at all.
+    for part in ["pods", "links", "maps"] {
+        pins::remove(&pins.root().join(part))?;
+    }
+    pins::remove(pins.root())?;
+    Ok(true)
+}
+
+fn cgroup_id(dir: &File) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    // On 64-bit kernels a cgroup's id is its inode.
+    dir.metadata().map(|m| m.ino()).map_err(|e| Error::system("examine", "the cgroup", e))
+}
+
+fn report(
+    name: &'static str,
+    prog: &OwnedFd,
+    action: ProgramAction,
+    took: Option<std::time::Duration>,
+) -> Result<ProgramReport> {
+    let info = sys::prog_info(prog.as_fd()).map_err(|e| Error::system("examine program", name, e))?;
+    Ok(ProgramReport {
+        name,
+        kind: match name {
+            names::CONNECT => "sock_ops",
+            names::SOCKOPT => "cgroup/setsockopt",
+            _ => "sk_lookup",
+        },
+        action,
+        tag: info.tag.iter().map(|b| format!("{b:02x}")).collect(),
+        bytes_xlated: info.xlated_len,
+        bytes_jited: info.jited_len,
+        verified_instructions: info.verified_insns,
+        load_time_us: took.map(|t| u64::try_from(t.as_micros()).unwrap_or(u64::MAX)),
+    })
+}

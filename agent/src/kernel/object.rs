@@ -1,0 +1,287 @@
+//! The eBPF object: embedded, parsed once, its programs ready to be loaded any number of times.
+//!
+//! Per pod only the cookie in `culvert_steer`'s instructions changes. Maps come from the pins or are made
+//! here; programs are loaded by [`sys::prog_load`].
+
+use std::{
+    collections::HashMap,
+    hash::Hasher,
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
+
+use aya_obj::{Object, generated::bpf_insn};
+use culvert_ebpf::abi::{self, maps as map_names, programs};
+
+use super::{
+    error::{Error, Result},
+    maps::Maps,
+    sys::{self, MapSpec},
+};
+
+/// ELF readers want the file aligned.
+#[repr(C, align(32))]
+struct Aligned<T: ?Sized>(T);
+
+/// What `cargo xtask build` made; its absence stops the build of this crate.
+static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("CULVERT_BPF_OBJECT")));
+static OBJECT: &[u8] = &ALIGNED.0;
+
+/// The kinds of program Culvert uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// BPF_PROG_TYPE_SOCK_OPS.
+    SockOps,
+    /// BPF_PROG_TYPE_CGROUP_SOCKOPT, on setsockopt.
+    Sockopt,
+    /// BPF_PROG_TYPE_SK_LOOKUP.
+    SkLookup,
+}
+
+impl Kind {
+    /// Program type and attach type.
+    #[must_use]
+    pub const fn numbers(self) -> (u32, u32) {
+        match self {
+            Self::SockOps => (13, ATTACH_SOCK_OPS),
+            Self::Sockopt => (25, ATTACH_SETSOCKOPT),
+            Self::SkLookup => (30, ATTACH_SK_LOOKUP),
+        }
+    }
+}
+
+/// Where sock_ops programs attach.
+pub const ATTACH_SOCK_OPS: u32 = 3;
+/// Where setsockopt programs attach.
+pub const ATTACH_SETSOCKOPT: u32 = 22;
+/// Where sk_lookup programs attach.
+pub const ATTACH_SK_LOOKUP: u32 = 36;
+
+const MAP_TYPE_SK_STORAGE: u32 = 24;
+const MAP_TYPE_SOCKHASH: u32 = 18;
+
+/// A program that can be loaded.
+#[derive(Clone, Debug)]
+struct Template {
+    name: &'static str,
+    kind: Kind,
+    insns: Vec<bpf_insn>,
+}
+
+/// The node's programs, bound to its maps.
+#[derive(Debug)]
+pub struct Programs {
+    connect: Template,
+    sockopt: Template,
+    steer: Template,
+    /// Where in `steer` the cookie stands.
+    cookie_at: Vec<usize>,
+}
+
+/// Identity of the embedded object: pins of another one are replaced.
+#[must_use]
+pub fn id() -> u64 {
+    let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
+    hasher.write(OBJECT);
+    hasher.finish()
+}
+
+/// FNV-1a: stable across releases of the standard library, which its default hasher is not.
+struct Fnv(u64);
+
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}
+
+fn broken(what: impl Into<String>) -> Error {
+    Error::wrong("read", "the embedded eBPF object", what, "rebuild with `cargo xtask build`")
+}
+
+fn parse() -> Result<Object> {
+    Object::parse(OBJECT).map_err(|e| broken(e.to_string()))
+}
+
+/// The maps the object asks for, in the order of [`map_names::ALL`].
+pub fn map_specs() -> Result<Vec<(&'static str, MapSpec)>> {
+    let object = parse()?;
+    map_names::ALL
+        .into_iter()
+        .map(|name| {
+            let map = object.maps.get(name).ok_or_else(|| broken(format!("map {name} is missing")))?;
+            let mut spec = MapSpec {
+                map_type: map.map_type(),
+                key_size: map.key_size(),
+                value_size: map.value_size(),
+                max_entries: map.max_entries(),
+                flags: map.map_flags(),
+            };
+            if spec.map_type == MAP_TYPE_SOCKHASH {
+                // Wide enough for user space to read back each socket's cookie.
+                spec.value_size = 8;
+            }
+            Ok((name, spec))
+        })
+        .collect()
+}
+
+/// Creates one map.
+pub fn create_map(name: &'static str, spec: &MapSpec) -> Result<OwnedFd> {
+    let fail = |e: io::Error| Error::system("create", format_args!("map {name}"), e);
+    if spec.map_type == MAP_TYPE_SK_STORAGE {
+        // The kernel takes socket storage only with types: both are `int` here.
+        let btf = sys::btf_load(&INT_BTF).map_err(fail)?;
+        return sys::map_create(name, spec, Some((btf.as_fd(), 1, 1))).map_err(fail);
+    }
+    sys::map_create(name, spec, None).map_err(fail)
+}
+
+/// BTF with one type: `int`, 32 bits, signed.
+static INT_BTF: [u8; 24 + 16 + 5] = {
+    let mut b = [0; 45];
+    b[0] = 0x9f; // magic 0xeb9f
+    b[1] = 0xeb;
+    b[2] = 1; // version
+    b[4] = 24; // header length
+    b[12] = 16; // type section length
+    b[16] = 16; // string section offset
+    b[20] = 5; // string section length
+    b[24] = 1; // name offset
+    b[31] = 1; // kind INT in bits 24..28 of info
+    b[32] = 4; // size
+    b[36] = 32; // bits
+    b[39] = 1; // signed
+    b[41] = b'i';
+    b[42] = b'n';
+    b[43] = b't';
+    b
+};
+
+impl Programs {
+    /// Parses the object and binds its programs to `maps`.
+    pub fn new(maps: &Maps) -> Result<Self> {
+        let mut object = parse()?;
+        let fds: HashMap<&str, i32> = maps.fds().into_iter().map(|(name, fd)| (name, fd.as_raw_fd())).collect();
+        let owned: Vec<_> = object
+            .maps
+            .iter()
+            .filter_map(|(name, map)| fds.get(name.as_str()).map(|fd| (name.clone(), *fd, map.clone())))
+            .collect();
+        let text: std::collections::HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+        let text = text.into_iter().collect();
+        object
+            .relocate_maps(owned.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)), &text)
+            .map_err(|e| broken(e.to_string()))?;
+        object.relocate_calls(&text).map_err(|e| broken(e.to_string()))?;
+        let template = |name: &'static str, kind| {
+            let program = object.programs.get(name).ok_or_else(|| broken(format!("program {name} is missing")))?;
+            let function = object
+                .functions
+                .get(&program.function_key())
+                .ok_or_else(|| broken(format!("program {name} has no code")))?;
+            Ok(Template { name, kind, insns: function.instructions.clone() })
+        };
+        let steer = template(programs::STEER, Kind::SkLookup)?;
+        let cookie_at = placeholders(&steer.insns);
+        if cookie_at.is_empty() {
+            return Err(broken("culvert_steer has no place for the pod's cookie"));
+        }
+        Ok(Self {
+            connect: template(programs::CONNECT, Kind::SockOps)?,
+            sockopt: template(programs::SOCKOPT, Kind::Sockopt)?,
+            steer,
+            cookie_at,
+        })
+    }
+
+    /// Loads `culvert_connect`.
+    pub fn load_connect(&self) -> Result<OwnedFd> {
+        load(&self.connect, &self.connect.insns)
+    }
+
+    /// Loads `culvert_sockopt`.
+    pub fn load_sockopt(&self) -> Result<OwnedFd> {
+        load(&self.sockopt, &self.sockopt.insns)
+    }
+
+    /// Loads the `culvert_steer` of one pod.
+    pub fn load_steer(&self, cookie: u64) -> Result<OwnedFd> {
+        let mut insns = self.steer.insns.clone();
+        for at in &self.cookie_at {
+            let (low, high) = halves(cookie);
+            insns[*at].imm = low;
+            insns[*at + 1].imm = high;
+        }
+        load(&self.steer, &insns)
+    }
+}
+
+/// The two 32-bit immediates of a 64-bit load.
+fn halves(value: u64) -> (i32, i32) {
+    let b = value.to_le_bytes();
+    (i32::from_le_bytes([b[0], b[1], b[2], b[3]]), i32::from_le_bytes([b[4], b[5], b[6], b[7]]))
+}
+
+fn placeholders(insns: &[bpf_insn]) -> Vec<usize> {
+    const LD_IMM_DW: u8 = 0x18;
+    let (low, high) = halves(abi::COOKIE_PLACEHOLDER);
+    insns
+        .windows(2)
+        .enumerate()
+        .filter(|(_, pair)| pair[0].code == LD_IMM_DW && pair[0].imm == low && pair[1].imm == high)
+        .map(|(at, _)| at)
+        .collect()
+}
+
+fn load(template: &Template, insns: &[bpf_insn]) -> Result<OwnedFd> {
+    let name = template.name;
+    let (prog_type, attach_type) = template.kind.numbers();
+    let first = match sys::prog_load(name, prog_type, attach_type, insns, None) {
+        Ok(fd) => return Ok(fd),
+        Err(e) => e,
+    };
+    let error = |e| Error::system("load", format_args!("program {name}"), e);
+    if matches!(first.raw_os_error(), Some(libc::EPERM | libc::ENOMEM)) {
+        return Err(error(first));
+    }
+    // Once more, to hear why: the log is too costly for every load.
+    let mut log = vec![0; 1 << 20];
+    match sys::prog_load(name, prog_type, attach_type, insns, Some(&mut log)) {
+        Ok(fd) => Ok(fd),
+        Err(e) => {
+            let end = log.iter().position(|b| *b == 0).unwrap_or(log.len());
+            let text = String::from_utf8_lossy(&log[..end]);
+            let tail: Vec<&str> = text.lines().rev().take(30).collect();
+            for line in tail.iter().rev() {
+                tracing::error!(program = name, "verifier: {line}");
+            }
+            Err(error(e).cured_by(
+                "this kernel's verifier refuses the program: run `culvert preflight`, and report the verifier's \
+                 lines above with the kernel's version",
+            ))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_has_every_map_in_the_size_of_its_type() {
+        let specs: HashMap<_, _> = map_specs().unwrap().into_iter().collect();
+        assert_eq!(specs[map_names::PODS].value_size as usize, size_of::<abi::Pod>());
+        assert_eq!(specs[map_names::CONFIG].value_size as usize, size_of::<abi::Config>());
+        assert_eq!(specs[map_names::ROLES].key_size as usize, size_of::<abi::RoleKey>());
+        assert_eq!(specs[map_names::EXCLUDED_CIDRS].key_size as usize, 4 + size_of::<abi::CidrKey>());
+        assert_eq!(specs[map_names::COUNTERS].value_size as usize, size_of::<abi::Counters>());
+        assert_eq!(specs[map_names::RECORDS].value_size as usize, size_of::<abi::Record>());
+    }
+}

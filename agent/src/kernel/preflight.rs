@@ -1,0 +1,129 @@
+//! Is everything here that Culvert needs? Answers with all that is missing at once, each with its cure.
+//!
+//! Features are tried, never read from a version number: each probe is a program of a few instructions that
+//! calls one helper or reads one field.
+
+use std::{fs, io, path::Path};
+
+use aya_obj::generated::bpf_insn;
+use serde::Serialize;
+
+use super::{cgroup, object, pins::Pins, sys};
+
+/// One thing Culvert needs.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What.
+    pub name: &'static str,
+    /// It is there.
+    pub ok: bool,
+    /// What was seen.
+    pub detail: String,
+    /// What to do when it is not.
+    pub cure: String,
+}
+
+fn check(name: &'static str, result: Result<String, String>, cure: impl Into<String>) -> Check {
+    let ok = result.is_ok();
+    let (Ok(detail) | Err(detail)) = result;
+    Check { name, ok, detail, cure: if ok { String::new() } else { cure.into() } }
+}
+
+/// Looks at everything; changes nothing.
+#[must_use]
+pub fn run(bpffs: &Path, cgroup_root: Option<&Path>) -> Vec<Check> {
+    let mut checks = capabilities();
+    checks.push(check(
+        "bpffs",
+        Pins::at(bpffs).check_bpffs().map(|()| bpffs.display().to_string()).map_err(|e| e.to_string()),
+        "mount -t bpf bpf /sys/fs/bpf",
+    ));
+    let found = match cgroup_root {
+        Some(path) => Ok(path.to_owned()),
+        None => cgroup::find_root(),
+    };
+    let opened = found.and_then(|path| cgroup::open(&path, cgroup_root.is_some()).map(|_| path));
+    checks.push(check(
+        "cgroup v2",
+        opened.map(|p| p.display().to_string()).map_err(|e| e.to_string()),
+        "mount -t cgroup2 none /sys/fs/cgroup/unified, or --cgroup-root",
+    ));
+    checks.extend(features());
+    checks.push(check(
+        "tcp_fwmark_accept",
+        readable("/proc/sys/net/ipv4/tcp_fwmark_accept"),
+        "a kernel built with CONFIG_INET, and /proc mounted",
+    ));
+    checks
+}
+
+fn readable(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map(|_| "present".to_owned()).map_err(|e| format!("{path}: {e}"))
+}
+
+fn capabilities() -> Vec<Check> {
+    const WANTED: [(&str, u32, &str); 4] = [
+        ("CAP_NET_ADMIN", 12, "rules, routes, attaching programs to namespaces and cgroups"),
+        ("CAP_SYS_ADMIN", 21, "entering a pod's network namespace"),
+        ("CAP_PERFMON", 38, "loading programs that keep pointers in maps"),
+        ("CAP_BPF", 39, "loading programs and creating maps"),
+    ];
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|l| l.strip_prefix("CapEff:"))
+        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+        .unwrap_or(0);
+    WANTED
+        .into_iter()
+        .map(|(name, bit, why)| {
+            let has = effective >> bit & 1 == 1;
+            check(
+                name,
+                if has { Ok(why.to_owned()) } else { Err(format!("missing; needed for {why}")) },
+                format!("run as root, or add {name}"),
+            )
+        })
+        .collect()
+}
+
+const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> bpf_insn {
+    bpf_insn { code, _bitfield_align_1: [], _bitfield_1: aya_obj::generated::__BindgenBitfieldUnit::new([src << 4 | dst]), off, imm }
+}
+
+const CALL: u8 = 0x85;
+const EXIT: u8 = 0x95;
+const MOV_IMM: u8 = 0xb7;
+const LOAD_W: u8 = 0x61;
+
+/// `helper(ctx); return 1`.
+const fn calls(helper: i32) -> [bpf_insn; 3] {
+    [insn(CALL, 0, 0, 0, helper), insn(MOV_IMM, 0, 0, 0, 1), insn(EXIT, 0, 0, 0, 0)]
+}
+
+fn features() -> Vec<Check> {
+    const GET_NETNS_COOKIE: i32 = 122;
+    const GET_CURRENT_PID_TGID: i32 = 14;
+    /// Offset of `ingress_ifindex` in `struct bpf_sk_lookup`.
+    const INGRESS_IFINDEX: i16 = 64;
+    let reads_ifindex =
+        [insn(LOAD_W, 2, 1, INGRESS_IFINDEX, 0), insn(MOV_IMM, 0, 0, 0, 1), insn(EXIT, 0, 0, 0, 0)];
+    let newer = |since| format!("a newer kernel (mainline has it since {since}; Culvert is tested on 6.1 and later)");
+    vec![
+        probe("netns cookie in sock_ops", object::Kind::SockOps, &calls(GET_NETNS_COOKIE), newer("5.15")),
+        probe("netns cookie in setsockopt hooks", object::Kind::Sockopt, &calls(GET_NETNS_COOKIE), newer("5.14")),
+        probe("process id in setsockopt hooks", object::Kind::Sockopt, &calls(GET_CURRENT_PID_TGID), newer("6.1")),
+        probe("ingress_ifindex in sk_lookup", object::Kind::SkLookup, &reads_ifindex, newer("5.17")),
+    ]
+}
+
+fn probe(name: &'static str, kind: object::Kind, insns: &[bpf_insn], cure: String) -> Check {
+    let (prog_type, attach_type) = kind.numbers();
+    match sys::prog_load("culvert_probe", prog_type, attach_type, insns, None) {
+        Ok(_) => check(name, Ok("supported".to_owned()), ""),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && e.raw_os_error() == Some(libc::EPERM) => {
+            check(name, Err("cannot be tried without CAP_BPF and CAP_NET_ADMIN".to_owned()), "run as root")
+        }
+        Err(e) => check(name, Err(format!("this kernel refuses it: {e}")), cure),
+    }
+}

@@ -1,0 +1,84 @@
+//! The sysctls of a pod's namespace that Culvert sets, and how they are put back.
+//!
+//! `/proc/sys/net` shows the namespace of the thread that opens it, so a [`Guard`] is asked for.
+
+use std::{fs, io, path::Path};
+
+use culvert_ebpf::abi::{NO_SYSCTL, Record};
+
+use super::{
+    error::{Error, Result},
+    netns::Guard,
+};
+
+/// In the order of [`Record::sysctls`].
+const OURS: [&str; 3] = [
+    // The application's accepted socket takes the mark of the SYN, so its replies turn round too.
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    // Resets made without a socket follow the mark: a closed port answers at once.
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
+
+/// Is there IPv6 in this kernel at all?
+#[must_use]
+pub fn ipv6_present() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// Can IPv6 be used in the namespace?
+#[must_use]
+pub fn ipv6_enabled(_guard: &Guard<'_>) -> bool {
+    fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|v| v.trim() == "0")
+}
+
+fn read(path: &str) -> Result<u8> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(text.trim().parse().unwrap_or(NO_SYSCTL)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(NO_SYSCTL),
+        Err(e) => Err(Error::system("read", path, e)),
+    }
+}
+
+fn write(path: &str, value: u8) -> Result<()> {
+    fs::write(path, value.to_string()).map_err(|e| {
+        let readonly = e.raw_os_error() == Some(libc::EROFS);
+        let error = Error::system("write", path, e);
+        if readonly { error.cured_by("give the agent a writable /proc/sys (hostPath, or no read-only procfs)") } else { error }
+    })
+}
+
+/// The present values, to be kept in the pod's record.
+pub fn read_all(_guard: &Guard<'_>) -> Result<[u8; 4]> {
+    let mut values = [NO_SYSCTL; 4];
+    for (value, path) in values.iter_mut().zip(OURS) {
+        *value = read(path)?;
+    }
+    Ok(values)
+}
+
+/// Sets what is there and not set.
+pub fn set_all(guard: &Guard<'_>) -> Result<()> {
+    for (path, present) in OURS.into_iter().zip(read_all(guard)?) {
+        if present != NO_SYSCTL && present != 1 {
+            write(path, 1)?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts the recorded values back.
+pub fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
+    for (path, earlier) in OURS.into_iter().zip(record.sysctls) {
+        if earlier != NO_SYSCTL && earlier != 1 {
+            write(path, earlier)?;
+        }
+    }
+    Ok(())
+}
+
+/// Names of those that are not as they have to be.
+pub fn wrong(guard: &Guard<'_>) -> Result<Vec<&'static str>> {
+    let values = read_all(guard)?;
+    Ok(OURS.into_iter().zip(values).filter(|(_, v)| !matches!(*v, 1 | NO_SYSCTL)).map(|(path, _)| path).collect())
+}

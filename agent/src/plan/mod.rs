@@ -1,0 +1,5 @@
+//! Deciding what to do, apart from doing it: pure functions from desired and observed state to operations.
+//!
+//! Knows no system call, no clock and no file; [`crate::kernel`] carries the operations out.
+
+pub mod netns;
