@@ -1,6 +1,8 @@
 //! `cargo xtask test`: the suites, what each needs, and one verdict over all of them. A suite that cannot run is a
 //! failure, never a skip.
 
+use std::process::Command;
+
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
@@ -11,6 +13,9 @@ use crate::{
 
 /// The end-to-end tests mostly wait, for timeouts and for peers: more of them than processors run at once.
 const E2E_THREADS: &str = "6";
+
+/// Packages whose tests make network namespaces: they belong to the suite that has root.
+const PRIVILEGED: [&str; 3] = ["culvert-e2e", "culvert-lab", "ztunnel-standin"];
 
 /// A set of tests with the same needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -29,7 +34,7 @@ pub(crate) struct Args {
     /// Which suite; all of them if left out
     suite: Option<Suite>,
     /// Run only tests whose name contains one of these; `--exact`, `--nocapture` and, for `vm`, its own options
-    /// (`test vm --help`) go here too
+    /// (`test vm -- --help`) go here too
     #[arg(
         requires = "suite",
         trailing_var_arg = true,
@@ -70,20 +75,23 @@ pub(crate) fn main(args: &Args) -> Result<()> {
 
 fn unit(project: &Project, filter: &[String]) -> Result<()> {
     ebpf::ensure(project)?;
-    let mut workspace = cmd::cargo(project);
-    workspace.args([
-        "test",
-        "--locked",
-        "--no-fail-fast",
-        "--workspace",
-        "--exclude",
-        "culvert-e2e",
-        "--",
-    ]);
-    let workspace = cmd::run(workspace.args(filter));
+    let workspace = || {
+        let mut command = cmd::cargo(project);
+        command.args(["test", "--locked", "--no-fail-fast", "--workspace"]);
+        for package in PRIVILEGED {
+            command.args(["--exclude", package]);
+        }
+        command
+    };
     // The decisions of the eBPF programs are plain functions: they are tested here, by this host's compiler.
-    let mut programs = ebpf::host_cargo(project, "test");
-    let programs = cmd::run(programs.args(["--lib", "--"]).args(filter));
+    let programs = || {
+        let mut command = ebpf::host_cargo(project, "test");
+        command.arg("--lib");
+        command
+    };
+    require_match(&mut [workspace(), programs()], filter)?;
+    let workspace = cmd::run(workspace().arg("--").args(filter));
+    let programs = cmd::run(programs().arg("--").args(filter));
     workspace.and(programs)
 }
 
@@ -91,17 +99,54 @@ fn e2e(project: &Project, filter: &[String]) -> Result<()> {
     host::ensure_packages(host::PROGRAMS, "the end-to-end tests")?;
     bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
     host::ensure_bpffs()?;
-    let mut tests = cmd::cargo(project);
-    tests.args([
-        "test",
-        "--locked",
-        "--no-fail-fast",
-        "--package",
-        "culvert-e2e",
-        "--",
-    ]);
-    tests.args(["--test-threads", E2E_THREADS]).args(filter);
-    bins::locate(&mut tests, project, Profile::Dev);
-    cmd::run(&mut tests)
-        .context("end-to-end tests failed; each prints how to look into its namespaces")
+    let tests = || {
+        let mut command = cmd::cargo(project);
+        command.args(["test", "--locked", "--no-fail-fast"]);
+        for package in PRIVILEGED {
+            command.args(["--package", package]);
+        }
+        bins::locate(&mut command, project, Profile::Dev);
+        command
+    };
+    require_match(&mut [tests()], filter)?;
+    cmd::run(
+        tests()
+            .args(["--", "--test-threads", E2E_THREADS])
+            .args(filter),
+    )
+    .context("end-to-end tests failed; each prints how to look into its namespaces")
+}
+
+/// A filter that matches nothing would pass without having tested anything.
+fn require_match(commands: &mut [Command], filter: &[String]) -> Result<()> {
+    if filter.is_empty() {
+        return Ok(());
+    }
+    let mut found = 0;
+    for command in commands {
+        found += listed(&cmd::output(command.args(["--", "--list"]).args(filter))?);
+    }
+    if found == 0 {
+        bail!("no test matches `{}`", filter.join(" "));
+    }
+    Ok(())
+}
+
+/// How many tests a `--list` names.
+fn listed(list: &str) -> usize {
+    list.lines().filter(|line| line.ends_with(": test")).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_counted_in_the_list_of_libtest() {
+        assert_eq!(
+            listed("a::b: test\nc: test\nd: benchmark\n\n2 tests, 1 benchmark\n"),
+            2
+        );
+        assert_eq!(listed("\n0 tests, 0 benchmarks\n"), 0);
+    }
 }
