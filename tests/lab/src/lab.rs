@@ -146,6 +146,14 @@ impl Lab {
         Ok(self.outside.get_or_init(|| ns).clone())
     }
 
+    /// Adds an interface to a namespace and sets it up: one end of a pair whose other end, on the node, is without address
+    /// or bridge. Returns that end's name, to capture what leaves.
+    pub fn add_interface(&self, ns: &Ns, name: &str) -> Result<String> {
+        let host_ifname = self.next_ifname();
+        ns.add_veth(name, self.node(), &host_ifname)?;
+        Ok(host_ifname)
+    }
+
     /// Deletes a namespace, as when a pod ends. Fails while another handle to it is left, which would keep it alive.
     pub fn delete(&self, ns: Ns) -> Result<()> {
         let mut namespaces = self

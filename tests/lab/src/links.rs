@@ -60,12 +60,6 @@ impl Ns {
             .collect())
     }
 
-    /// Adds a dummy interface and sets it up.
-    pub fn add_dummy(&self, name: &str) -> Result<()> {
-        self.add_link(name, InfoKind::Dummy, None)?;
-        self.set_up(name)
-    }
-
     /// Adds a bridge (without spanning tree, so ports forward at once) and sets it up.
     pub fn add_bridge(&self, name: &str) -> Result<()> {
         self.add_link(name, InfoKind::Bridge, None)?;

@@ -1,6 +1,6 @@
 //! Where things of a lab lie, and how their names say to which process they belong. Pure names: creates nothing.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
@@ -28,7 +28,7 @@ fn mounts_in(table: &str, fstype: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// `culvert-test-<name>-<pid>[.<n>]`.
+/// `culvert-test-<name>-<pid>[_<n>]`.
 pub(crate) fn lab_id(name: &str, attempt: u32) -> Result<String> {
     ensure!(
         !name.is_empty()
@@ -41,17 +41,18 @@ pub(crate) fn lab_id(name: &str, attempt: u32) -> Result<String> {
     Ok(if attempt == 0 {
         format!("{PREFIX}{name}-{pid}")
     } else {
-        format!("{PREFIX}{name}-{pid}.{attempt}")
+        // No dot: bpffs keeps names with one for itself.
+        format!("{PREFIX}{name}-{pid}_{attempt}")
     })
 }
 
-/// The process that a name of ours belongs to. `suffix` tells whether something may follow the lab's id.
+/// The process that a name of ours belongs to.
 pub(crate) fn owner_pid(file_name: &str) -> Option<i32> {
     let rest = file_name.strip_prefix(PREFIX)?;
     // A namespace's file is called `<lab id>@<namespace>`.
     let id = rest.split('@').next()?;
     let last = id.rsplit('-').next()?;
-    last.split('.').next()?.parse().ok()
+    last.split('_').next()?.parse().ok()
 }
 
 /// A binary of this workspace: from the environment, or beside the running one.
@@ -72,17 +73,13 @@ pub(crate) fn binary(env: &str, name: &str, cure: &str) -> Result<PathBuf> {
         .skip(1)
         .take(2)
         .map(|dir| dir.join(name))
-        .find(|path| is_binary(path));
+        .find(|path| path.is_file());
     found.with_context(|| {
         format!(
             "no {name} binary beside {}: {cure}, or set {env}",
             me.display()
         )
     })
-}
-
-fn is_binary(path: &Path) -> bool {
-    path.is_file()
 }
 
 #[cfg(test)]
@@ -92,7 +89,7 @@ mod tests {
     #[test]
     fn names_tell_their_owner() {
         assert_eq!(owner_pid("culvert-test-two-words-42"), Some(42));
-        assert_eq!(owner_pid("culvert-test-x-42.3"), Some(42));
+        assert_eq!(owner_pid("culvert-test-x-42_3"), Some(42));
         assert_eq!(owner_pid("culvert-test-x-42@pod-7"), Some(42));
         assert_eq!(owner_pid("culvert"), None);
         assert_eq!(owner_pid("culvert-test-x"), None);

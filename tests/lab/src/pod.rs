@@ -157,7 +157,7 @@ impl<'lab> PodBuilder<'lab> {
             pod.add_route(&Route::default_via(gateway))?;
         }
         for (ifname, addrs) in &self.extra {
-            pod.add_veth(ifname, node, &lab.next_ifname())?;
+            lab.add_interface(&pod, ifname)?;
             for addr in addrs {
                 pod.add_addr(ifname, *addr)?;
             }
