@@ -43,8 +43,9 @@ pub async fn one_way(
         if n == 0 {
             return finish(&mut to).await;
         }
-        to.write_all(&buffer[..n]).await?;
+        // Counted first: whoever has received a byte finds it in the statistics.
         bytes.add(n as u64);
+        to.write_all(&buffer[..n]).await?;
         if n == buffer.len() && n < LARGEST_BUFFER {
             buffer = vec![0; n * 4];
         }

@@ -118,14 +118,19 @@ pub async fn serve_udp(pod: Arc<Pod>, socket: UdpSocket) {
 /// Serves one TCP client, query after query.
 pub async fn serve_tcp(pod: Arc<Pod>, mut stream: TcpStream, client: SocketAddr) {
     let served: io::Result<()> = async {
-        while let Ok(query) = tokio::time::timeout(IDLE, read_message(&mut stream)).await {
+        loop {
+            let query = tokio::select! {
+                // A drain waits for the answer in hand and for no further question.
+                () = pod.draining() => return Ok(()),
+                query = tokio::time::timeout(IDLE, read_message(&mut stream)) => query,
+            };
+            let Ok(query) = query else { return Ok(()) };
             pod.counters.dns_queries.one();
             match resolve(&pod, &query?, Via::Tcp).await {
                 Some(answer) => write_message(&mut stream, &answer).await?,
                 None => return Ok(()),
             }
         }
-        Ok(())
     }
     .await;
     if let Err(error) = served {

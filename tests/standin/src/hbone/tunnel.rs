@@ -83,8 +83,8 @@ async fn down(
 ) -> io::Result<()> {
     while let Some(data) = from.data().await {
         let data = data.map_err(io::Error::other)?;
-        to.write_all(&data).await?;
         bytes.add(data.len() as u64);
+        to.write_all(&data).await?;
         from.flow_control()
             .release_capacity(data.len())
             .map_err(io::Error::other)?;
