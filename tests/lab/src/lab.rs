@@ -200,7 +200,7 @@ impl Lab {
     }
 
     pub(crate) fn ensure_bridge(&self, name: &str) -> Result<()> {
-        if self.node().interfaces()?.iter().any(|there| there == name) {
+        if self.node().ifindex(name).is_ok() {
             return Ok(());
         }
         self.node().add_bridge(name)

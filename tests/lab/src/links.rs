@@ -277,10 +277,20 @@ impl Ns {
     }
 
     fn link(&self, name: &str) -> Result<LinkMessage> {
-        self.links()?
-            .into_iter()
-            .find(|link| name_of(link) == Some(name))
-            .with_context(|| format!("no interface {name} in {}", self.name()))
+        // Asked for by name: the node of a large lab has hundreds.
+        let mut question = LinkMessage::default();
+        question.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+        let what = || format!("looking for interface {name} in {}", self.name());
+        self.netlink()
+            .get(
+                RouteNetlinkMessage::GetLink(question),
+                |answer| match answer {
+                    RouteNetlinkMessage::NewLink(message) => Some(message),
+                    _ => None,
+                },
+            )
+            .with_context(what)?
+            .with_context(what)
     }
 }
 

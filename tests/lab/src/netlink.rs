@@ -37,6 +37,18 @@ impl Netlink {
         self.exchange(message, flags | NLM_F_ACK, |_| {})
     }
 
+    /// Asks for one object.
+    pub(crate) fn get<T>(
+        &self,
+        message: RouteNetlinkMessage,
+        mut keep: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let mut found = None;
+        // With an acknowledgement, so that the end of the answer is seen.
+        self.exchange(message, NLM_F_ACK, |answer| found = keep(answer))?;
+        Ok(found)
+    }
+
     /// Dumps what `message` asks for.
     pub(crate) fn dump<T>(
         &self,
