@@ -124,9 +124,12 @@ pub async fn serve_tcp(pod: Arc<Pod>, mut stream: TcpStream, client: SocketAddr)
                 () = pod.draining() => return Ok(()),
                 query = tokio::time::timeout(IDLE, read_message(&mut stream)) => query,
             };
-            let Ok(query) = query else { return Ok(()) };
+            // Idle for too long, or the client has hung up.
+            let Ok(Ok(query)) = query else {
+                return Ok(());
+            };
             pod.counters.dns_queries.one();
-            match resolve(&pod, &query?, Via::Tcp).await {
+            match resolve(&pod, &query, Via::Tcp).await {
                 Some(answer) => write_message(&mut stream, &answer).await?,
                 None => return Ok(()),
             }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
-use crate::identity::SpiffeId;
+use crate::hbone::tunnel::Tunnel;
 use crate::pod::Pod;
 use crate::sockets::{self, Source};
 use crate::{ILLEGAL_PORTS, copy};
@@ -22,43 +22,38 @@ pub async fn serve(pod: Arc<Pod>, stream: TcpStream, client: SocketAddr) {
         tracing::warn!(pod = %pod.name(), %client, %to, "outbound: refused, the destination is a port of the proxy itself");
         return;
     }
-    let carried = match pod.config.workloads.hbone_peer(to.ip()) {
-        Some(peer) => tunnel(&pod, stream, client, &peer.identity, to).await,
-        None => pass_through(&pod, stream, client, to).await,
+    let upstream = match reach(&pod, client, to).await {
+        Ok(upstream) => upstream,
+        Err(error) => {
+            // Counted before the client hears of it, by the end of its connection.
+            pod.counters.connect_failures.one();
+            tracing::info!(pod = %pod.name(), %client, %to, error = format!("{error:#}"), "outbound: cannot reach the destination");
+            return;
+        }
+    };
+    let carried = match upstream {
+        Upstream::Hbone(tunnel) => tunnel.carry(stream, &pod.counters.bytes).await,
+        Upstream::Plain(upstream) => copy::both_ways(stream, upstream, &pod.counters.bytes).await,
     };
     if let Err(error) = carried {
-        pod.counters.connect_failures.one();
-        tracing::info!(pod = %pod.name(), %client, %to, error = format!("{error:#}"), "outbound: cannot reach the destination");
+        tracing::debug!(pod = %pod.name(), %client, %to, %error, "outbound: ended");
     }
 }
 
-async fn tunnel(
-    pod: &Arc<Pod>,
-    stream: TcpStream,
-    client: SocketAddr,
-    peer: &SpiffeId,
-    to: SocketAddr,
-) -> anyhow::Result<()> {
-    let tunnel = pod.pool.open(pod, client.ip(), peer, to).await?;
-    pod.counters.hbone_out.one();
-    tracing::debug!(pod = %pod.name(), %client, %to, %peer, "outbound: in HBONE");
-    if let Err(error) = tunnel.carry(stream, &pod.counters.bytes).await {
-        tracing::debug!(pod = %pod.name(), %client, %to, %error, "outbound: tunnel ended");
-    }
-    Ok(())
+enum Upstream {
+    Hbone(Tunnel),
+    Plain(TcpStream),
 }
 
-async fn pass_through(
-    pod: &Pod,
-    stream: TcpStream,
-    client: SocketAddr,
-    to: SocketAddr,
-) -> anyhow::Result<()> {
+async fn reach(pod: &Arc<Pod>, client: SocketAddr, to: SocketAddr) -> anyhow::Result<Upstream> {
+    if let Some(peer) = pod.config.workloads.hbone_peer(to.ip()) {
+        let tunnel = pod.pool.open(pod, client.ip(), &peer.identity, to).await?;
+        pod.counters.hbone_out.one();
+        tracing::debug!(pod = %pod.name(), %client, %to, peer = %peer.identity, "outbound: in HBONE");
+        return Ok(Upstream::Hbone(tunnel));
+    }
     let upstream = sockets::connect(&pod.netns, Source::Own(client.ip()), to).await?;
     pod.counters.passthrough_out.one();
     tracing::debug!(pod = %pod.name(), %client, %to, "outbound: passed through");
-    if let Err(error) = copy::both_ways(stream, upstream, &pod.counters.bytes).await {
-        tracing::debug!(pod = %pod.name(), %client, %to, %error, "outbound: ended");
-    }
-    Ok(())
+    Ok(Upstream::Plain(upstream))
 }

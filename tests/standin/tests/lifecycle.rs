@@ -1,4 +1,8 @@
 //! The stand-in as a process: which pods it serves, and how it starts and ends. Needs root.
+#![expect(
+    clippy::unwrap_used,
+    reason = "what tests share fails as loudly as a test"
+)]
 
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -31,6 +35,22 @@ fn wait_served(ns: &Ns, served: bool, patience: Duration) {
     }
 }
 
+/// A connection is established before it is accepted, so counters come a moment later.
+fn wait_counted(ztunnel: &Ztunnel, uid: &str, counter: &str, expected: u64) {
+    let started = Instant::now();
+    loop {
+        let counted = ztunnel.pod_stats(uid).unwrap()[counter].as_u64();
+        if counted == Some(expected) {
+            return;
+        }
+        assert!(
+            started.elapsed() < SOON,
+            "{counter} is {counted:?}, not {expected}"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 #[test]
 fn a_pod_gets_all_listeners_in_both_families() {
     let lab = Lab::new("standin-listeners").unwrap();
@@ -58,12 +78,11 @@ fn a_pod_gets_all_listeners_in_both_families() {
     }
     // DNS is for the pod's own processes.
     assert!(!listens(lab.node(), both.at(Family::V4, 15053).unwrap()));
-    let stats = ztunnel.pod_stats("both").unwrap();
-    assert_eq!(stats["netns_inode"], both.inode().unwrap());
-    assert_eq!(
-        (&stats["outbound_accepts"], &stats["inbound_accepts"]),
-        (&2.into(), &2.into())
-    );
+    let inode = both.inode().unwrap();
+    assert_eq!(ztunnel.pod_stats("both").unwrap()["netns_inode"], inode);
+    for counter in ["outbound_accepts", "inbound_accepts", "hbone_accepts"] {
+        wait_counted(&ztunnel, "both", counter, 2);
+    }
 }
 
 #[test]
@@ -156,7 +175,7 @@ fn a_pod_in_another_namespace_replaces_the_old_one() {
         zds.add("uid", &old, "pod", "default", "sa").unwrap();
         assert!(listens(&old, loopback(Family::V4, 15001)));
     }
-    assert_eq!(ztunnel.pod_stats("uid").unwrap()["outbound_accepts"], 2);
+    wait_counted(&ztunnel, "uid", "outbound_accepts", 2);
     zds.add("uid", &new, "pod", "default", "sa").unwrap();
     wait_served(&old, false, SOON);
     wait_served(&new, true, SOON);

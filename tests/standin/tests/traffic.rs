@@ -336,6 +336,8 @@ fn steered_listener(ns: &Ns, addr: SocketAddr) -> std::net::TcpListener {
             socket.set_ip_transparent_v6(true)
         }
         .unwrap();
+        // Earlier connections to this address may linger.
+        socket.set_reuse_address(true).unwrap();
         socket.bind(&addr.into()).unwrap();
         socket.listen(16).unwrap();
         socket
