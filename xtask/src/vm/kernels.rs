@@ -54,7 +54,11 @@ pub(super) const SERIES: [Series; 3] = [
         role: Role::Works,
         prefix: "linux-image-6.12.",
         suffix: "+deb12-cloud-amd64-unsigned",
-        suites: &[(Repository::Main, "bookworm-backports")],
+        // Once bookworm is in long-term support, newer ones come by way of security.
+        suites: &[
+            (Repository::Main, "bookworm-backports"),
+            (Repository::Security, "bookworm-security"),
+        ],
     },
     Series {
         name: "5.10",
