@@ -47,6 +47,9 @@ pub(super) struct Binaries {
 
 /// Installs and builds what is missing.
 pub(super) fn ensure(project: &Project) -> Result<Binaries> {
+    if cfg!(not(target_arch = "x86_64")) {
+        bail!("the guests are x86-64 and run the binaries built here: run this on x86-64");
+    }
     host::ensure_packages(&PACKAGES, "booting older kernels")?;
     ebpf::ensure(project)?;
     let busybox = host::find_program("busybox").context("busybox is not on PATH")?;
