@@ -19,7 +19,9 @@ impl Addr {
     #[inline(always)]
     #[must_use]
     pub const fn v4(ip_be: u32) -> Self {
-        Self { words: [0, 0, MAPPED, ip_be] }
+        Self {
+            words: [0, 0, MAPPED, ip_be],
+        }
     }
 
     /// From the four words of an IPv6 address, network order in memory.

@@ -14,8 +14,8 @@ use aya_ebpf::{
 };
 use culvert_ebpf::{
     abi::{
-        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, PROBES_NODE, Pod, Role,
-        RoleKey, mark, newest_first, pod_flags, port, role,
+        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, PROBES_NODE, Pod,
+        Role, RoleKey, mark, newest_first, pod_flags, port, role,
     },
     addr::Addr,
     decide::{self, ConnectFacts, Verdict},
@@ -23,8 +23,8 @@ use culvert_ebpf::{
 
 use crate::{
     kernel::{
-        AF_INET, SO_MARK, TCP_CLOSE, TCP_LISTEN, address, bind_to, cidr_excluded, field, is_own, netns_cookie,
-        port_excluded, remote_port, set_mark, set_option, socket, ztunnel_storage,
+        AF_INET, SO_MARK, TCP_CLOSE, TCP_LISTEN, address, bind_to, cidr_excluded, field, is_own,
+        netns_cookie, port_excluded, remote_port, set_mark, set_option, socket, ztunnel_storage,
     },
     maps,
     report::{count, decided},
@@ -32,7 +32,7 @@ use crate::{
 
 #[inline(always)]
 pub fn run(ops: *mut bpf_sock_ops) {
-    match field!(ops, op) {
+    match field!(bpf_sock_ops, ops, op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ops),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => listening(ops),
@@ -45,9 +45,9 @@ pub fn run(ops: *mut bpf_sock_ops) {
 #[inline(always)]
 fn tuple(ops: *mut bpf_sock_ops) -> FourTuple {
     FourTuple {
-        src: address!(ops, local_ip4, local_ip6),
-        dst: address!(ops, remote_ip4, remote_ip6),
-        src_port: field!(ops, local_port) as u16,
+        src: address!(bpf_sock_ops, ops, local_ip4, local_ip6),
+        dst: address!(bpf_sock_ops, ops, remote_ip4, remote_ip6),
+        src_port: field!(bpf_sock_ops, ops, local_port) as u16,
         dst_port: remote_port(ops),
     }
 }
@@ -97,8 +97,13 @@ impl ConnectFacts for Facts<'_> {
             return false;
         }
         // SAFETY: one aligned word is read.
-        let Some(role) = (unsafe { maps::ROLES.get(RoleKey { cookie: self.cookie, role: role::OUTBOUND, pad: 0 }) })
-        else {
+        let Some(role) = (unsafe {
+            maps::ROLES.get(RoleKey {
+                cookie: self.cookie,
+                role: role::OUTBOUND,
+                pad: 0,
+            })
+        }) else {
             return false;
         };
         let since = role.away_since;
@@ -128,7 +133,7 @@ fn is_ztunnel(sk: *mut bpf_sock, current_mark: u32, pod: &Pod, cookie: u64) -> b
 #[inline(always)]
 fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
     let Some(sk) = socket(ops) else { return };
-    let current = field!(sk, mark);
+    let current = field!(bpf_sock, sk, mark);
     let tuple = tuple(ops);
     let facts = Facts {
         cookie,
@@ -136,7 +141,7 @@ fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
         dst: tuple.dst,
         dst_port: tuple.dst_port,
         ztunnel: is_ztunnel(sk, current, pod, cookie),
-        bound: field!(sk, bound_dev_if) != 0,
+        bound: field!(bpf_sock, sk, bound_dev_if) != 0,
     };
     let verdict = decide::connect(&tuple.dst, &facts);
     match verdict {
@@ -150,7 +155,9 @@ fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
             set_mark(ops, current, mark::HOME);
         }
         // A socket that connects a second time may still carry a mark of ours.
-        Verdict::ExcludedOutbound if current & mark::FAMILY_MASK == mark::FAMILY => set_mark(ops, current, 0),
+        Verdict::ExcludedOutbound if current & mark::FAMILY_MASK == mark::FAMILY => {
+            set_mark(ops, current, 0)
+        }
         _ => {}
     }
     decided(cookie, verdict, &tuple, 0);
@@ -159,13 +166,17 @@ fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
 /// A socket outside every enrolled pod: only the node's own may vouch, and only for enrolled pods.
 #[inline(always)]
 fn connecting_elsewhere(ops: *mut bpf_sock_ops, cookie: u64) {
-    let Some(config) = maps::CONFIG.get(0) else { return };
+    let Some(config) = maps::CONFIG.get(0) else {
+        return;
+    };
     if config.node_cookie != cookie || config.probe_source != PROBES_NODE {
         return;
     }
-    let dst = address!(ops, remote_ip4, remote_ip6);
+    let dst = address!(bpf_sock_ops, ops, remote_ip4, remote_ip6);
     // SAFETY: one aligned word is read.
-    let Some(&pod) = (unsafe { maps::POD_BY_ADDR.get(dst) }) else { return };
+    let Some(&pod) = (unsafe { maps::POD_BY_ADDR.get(dst) }) else {
+        return;
+    };
     let tuple = tuple(ops);
     if maps::VOUCHED.insert(tuple, 0, 0).is_ok() {
         set_state_callback(ops, true);
@@ -178,13 +189,15 @@ fn connecting_elsewhere(ops: *mut bpf_sock_ops, cookie: u64) {
 #[inline(always)]
 fn accepted(ops: *mut bpf_sock_ops) {
     let Some(sk) = socket(ops) else { return };
-    let ours = field!(sk, mark) & mark::MASK;
+    let ours = field!(bpf_sock, sk, mark) & mark::MASK;
     if ours != mark::HOME && ours != mark::ZTUNNEL {
         return;
     }
     let cookie = netns_cookie(ops);
     // SAFETY: see `connecting`.
-    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else { return };
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return;
+    };
     if ours == mark::ZTUNNEL {
         // Inherited from the listener, where it was set to learn of its end.
         set_state_callback(ops, false);
@@ -201,7 +214,12 @@ fn accepted(ops: *mut bpf_sock_ops) {
     let ifindex = if pod.single_ifindex != 0 {
         pod.single_ifindex
     } else {
-        let key = FourTuple { src: client.dst, dst: client.src, src_port: client.dst_port, dst_port: client.src_port };
+        let key = FourTuple {
+            src: client.dst,
+            dst: client.src,
+            src_port: client.dst_port,
+            dst_port: client.src_port,
+        };
         // SAFETY: one aligned word is read.
         match unsafe { maps::INGRESS.get(key) } {
             Some(&ifindex) => {
@@ -219,11 +237,11 @@ fn accepted(ops: *mut bpf_sock_ops) {
 /// Which of ztunnel's listeners a local port and family mean.
 #[inline(always)]
 fn role_of(ops: *mut bpf_sock_ops) -> Option<u32> {
-    match field!(ops, local_port) as u16 {
+    match field!(bpf_sock_ops, ops, local_port) as u16 {
         port::OUTBOUND => Some(role::OUTBOUND),
         port::INBOUND => Some(role::INBOUND),
         port::HBONE => Some(role::HBONE),
-        port::DNS if field!(ops, family) == AF_INET => Some(role::DNS4),
+        port::DNS if field!(bpf_sock_ops, ops, family) == AF_INET => Some(role::DNS4),
         port::DNS => Some(role::DNS6),
         _ => None,
     }
@@ -233,9 +251,11 @@ fn role_of(ops: *mut bpf_sock_ops) -> Option<u32> {
 fn listening(ops: *mut bpf_sock_ops) {
     let cookie = netns_cookie(ops);
     // SAFETY: see `connecting`.
-    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else { return };
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return;
+    };
     let Some(sk) = socket(ops) else { return };
-    let current = field!(sk, mark);
+    let current = field!(bpf_sock, sk, mark);
     if current == 0 {
         return;
     }
@@ -253,7 +273,11 @@ fn listening(ops: *mut bpf_sock_ops) {
 /// Puts the listener into a free slot and in front of the others.
 #[inline(always)]
 fn register(ops: *mut bpf_sock_ops, cookie: u64, role: u32) {
-    let key = RoleKey { cookie, role, pad: 0 };
+    let key = RoleKey {
+        cookie,
+        role,
+        pad: 0,
+    };
     let known = maps::ROLES.get_ptr_mut(key);
     let order = match known {
         // SAFETY: one aligned word is read.
@@ -264,7 +288,15 @@ fn register(ops: *mut bpf_sock_ops, cookie: u64, role: u32) {
     let mut slot = (order >> (2 * (LISTENER_SLOTS - 1))) & 3;
     let mut done = false;
     for candidate in 0..LISTENER_SLOTS {
-        if insert(ops, ListenerKey { cookie, role, slot: candidate }, u64::from(BPF_NOEXIST)) {
+        if insert(
+            ops,
+            ListenerKey {
+                cookie,
+                role,
+                slot: candidate,
+            },
+            u64::from(BPF_NOEXIST),
+        ) {
             slot = candidate;
             done = true;
             break;
@@ -283,7 +315,11 @@ fn register(ops: *mut bpf_sock_ops, cookie: u64, role: u32) {
             (*known).away_since = 0;
         },
         None => {
-            let fresh = Role { order: newest_first(order, slot), live: 1, away_since: 0 };
+            let fresh = Role {
+                order: newest_first(order, slot),
+                live: 1,
+                away_since: 0,
+            };
             let _ = maps::ROLES.insert(key, fresh, 0);
         }
     }
@@ -300,21 +336,33 @@ fn insert(ops: *mut bpf_sock_ops, mut key: ListenerKey, flags: u64) -> bool {
 /// a listener of ztunnel that closes.
 #[inline(always)]
 fn flagged(ops: *mut bpf_sock_ops) {
-    if field!(ops, bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_STATE_CB_FLAG == 0 {
+    if field!(bpf_sock_ops, ops, bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_STATE_CB_FLAG == 0 {
         return;
     }
-    if field!(ops, op) == BPF_SOCK_OPS_STATE_CB {
-        if field!(ops, __bindgen_anon_1.args[1]) != TCP_CLOSE {
+    if field!(bpf_sock_ops, ops, op) == BPF_SOCK_OPS_STATE_CB {
+        if state_argument(ops, 1) != TCP_CLOSE {
             return;
         }
-        if field!(ops, __bindgen_anon_1.args[0]) == TCP_LISTEN {
+        if state_argument(ops, 0) == TCP_LISTEN {
             listener_closed(ops);
             return;
         }
     }
-    let Some(config) = maps::CONFIG.get(0) else { return };
+    let Some(config) = maps::CONFIG.get(0) else {
+        return;
+    };
     if config.node_cookie == netns_cookie(ops) && maps::VOUCHED.remove(tuple(ops)).is_ok() {
         set_state_callback(ops, false);
+    }
+}
+
+#[inline(always)]
+fn state_argument(ops: *mut bpf_sock_ops, index: usize) -> u32 {
+    // Old state, then new: the first words of the union behind `op`.
+    if index == 0 {
+        field!(bpf_sock_ops, ops, __bindgen_anon_1, 0)
+    } else {
+        field!(bpf_sock_ops, ops, __bindgen_anon_1, 4)
     }
 }
 
@@ -324,11 +372,17 @@ fn listener_closed(ops: *mut bpf_sock_ops) {
     let Some(role) = role_of(ops) else { return };
     let Some(sk) = socket(ops) else { return };
     // SAFETY: see `connecting`.
-    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else { return };
-    if !is_ztunnel(sk, field!(sk, mark), pod, cookie) {
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return;
+    };
+    if !is_ztunnel(sk, field!(bpf_sock, sk, mark), pod, cookie) {
         return;
     }
-    if let Some(known) = maps::ROLES.get_ptr_mut(RoleKey { cookie, role, pad: 0 }) {
+    if let Some(known) = maps::ROLES.get_ptr_mut(RoleKey {
+        cookie,
+        role,
+        pad: 0,
+    }) {
         // SAFETY: as in `register`.
         unsafe {
             (*known).live -= 1;
@@ -343,8 +397,12 @@ fn listener_closed(ops: *mut bpf_sock_ops) {
 /// Asks for, or no longer for, a callback at each change of the socket's state.
 #[inline(always)]
 fn set_state_callback(ops: *mut bpf_sock_ops, on: bool) {
-    let current = field!(ops, bpf_sock_ops_cb_flags);
-    let wanted = if on { current | BPF_SOCK_OPS_STATE_CB_FLAG } else { current & !BPF_SOCK_OPS_STATE_CB_FLAG };
+    let current = field!(bpf_sock_ops, ops, bpf_sock_ops_cb_flags);
+    let wanted = if on {
+        current | BPF_SOCK_OPS_STATE_CB_FLAG
+    } else {
+        current & !BPF_SOCK_OPS_STATE_CB_FLAG
+    };
     if wanted != current {
         // SAFETY: context as given.
         unsafe { bpf_sock_ops_cb_flags_set(ops, wanted as i32) };

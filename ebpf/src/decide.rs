@@ -135,7 +135,11 @@ impl Verdict {
             | Self::NoInboundListener
             | Self::UnknownDestination
             | Self::Vouched => "inbound",
-            Self::Home | Self::PassLoopback | Self::PassHome | Self::Impostor | Self::OptionDenied => "local",
+            Self::Home
+            | Self::PassLoopback
+            | Self::PassHome
+            | Self::Impostor
+            | Self::OptionDenied => "local",
         }
     }
 }

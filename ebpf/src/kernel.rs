@@ -1,7 +1,7 @@
 //! The few things the programs ask of the kernel, each wrapped once.
 //!
-//! Context fields are read one word at a time, volatile and at constant offsets: LLVM otherwise merges the
-//! reads into a modified context pointer, which the verifier refuses.
+//! Context fields are read by one load instruction each, written out: LLVM otherwise merges two reads into
+//! one through a pointer it computed, and the verifier refuses a modified context pointer.
 
 use core::ffi::c_void;
 
@@ -24,26 +24,40 @@ pub const SO_BINDTOIFINDEX: i32 = 62;
 pub const TCP_CLOSE: u32 = 7;
 pub const TCP_LISTEN: u32 = 10;
 
-/// Reads one field of a context.
+/// Reads a 32-bit field of a context: type, pointer, field, and the byte within it.
 macro_rules! field {
-    ($ptr:expr, $($path:tt)+) => {
-        // SAFETY: the verifier checks every access to a context; the field exists in its type.
-        unsafe { core::ptr::read_volatile(&raw const (*$ptr).$($path)+) }
+    ($ty:ty, $ptr:expr, $field:ident) => {
+        $crate::kernel::field!($ty, $ptr, $field, 0)
     };
+    ($ty:ty, $ptr:expr, $field:ident, $byte:expr) => {{
+        let ptr: *mut $ty = $ptr;
+        let value: u32;
+        // SAFETY: one load, which the verifier checks; the field exists in the type.
+        unsafe {
+            core::arch::asm!(
+                "{value} = *(u32 *)({ptr} + {offset})",
+                value = out(reg) value,
+                ptr = in(reg) ptr,
+                offset = const core::mem::offset_of!($ty, $field) + $byte,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        value
+    }};
 }
 pub(crate) use field;
 
-/// Address from four word fields of a context, by family.
+/// Address from the fields of a context, by family.
 macro_rules! address {
-    ($ptr:expr, $v4:ident, $v6:ident) => {
-        if $crate::kernel::field!($ptr, family) == $crate::kernel::AF_INET {
-            culvert_ebpf::addr::Addr::v4($crate::kernel::field!($ptr, $v4))
+    ($ty:ty, $ptr:expr, $v4:ident, $v6:ident) => {
+        if $crate::kernel::field!($ty, $ptr, family) == $crate::kernel::AF_INET {
+            culvert_ebpf::addr::Addr::v4($crate::kernel::field!($ty, $ptr, $v4))
         } else {
             culvert_ebpf::addr::Addr::v6([
-                $crate::kernel::field!($ptr, $v6[0]),
-                $crate::kernel::field!($ptr, $v6[1]),
-                $crate::kernel::field!($ptr, $v6[2]),
-                $crate::kernel::field!($ptr, $v6[3]),
+                $crate::kernel::field!($ty, $ptr, $v6, 0),
+                $crate::kernel::field!($ty, $ptr, $v6, 4),
+                $crate::kernel::field!($ty, $ptr, $v6, 8),
+                $crate::kernel::field!($ty, $ptr, $v6, 12),
             ])
         }
     };
@@ -68,7 +82,7 @@ pub fn netns_cookie<T>(ctx: *mut T) -> u64 {
 /// Host byte order from the `remote_port` of sock_ops, which is network order in the upper half.
 #[inline(always)]
 pub fn remote_port(ops: *mut bpf_sock_ops) -> u16 {
-    u32::from_be(field!(ops, remote_port)) as u16
+    u32::from_be(field!(bpf_sock_ops, ops, remote_port)) as u16
 }
 
 /// Replaces our bits of the socket's mark, keeps the others.
@@ -90,7 +104,13 @@ pub fn bind_to(ops: *mut bpf_sock_ops, ifindex: u32) {
 pub fn set_option(ops: *mut bpf_sock_ops, option: i32, mut value: u32) {
     // SAFETY: context pointer as given; the value lives on our stack for the length of the call.
     unsafe {
-        bpf_setsockopt(ops.cast::<c_void>(), SOL_SOCKET, option, (&raw mut value).cast(), 4);
+        bpf_setsockopt(
+            ops.cast::<c_void>(),
+            SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            4,
+        );
     }
 }
 
@@ -99,7 +119,14 @@ pub fn set_option(ops: *mut bpf_sock_ops, option: i32, mut value: u32) {
 pub fn ztunnel_storage(sk: *mut bpf_sock, create: bool) -> bool {
     let map = (&raw const maps::ZTUNNEL_SOCKETS).cast_mut();
     // SAFETY: `sk` comes from the context and was checked for null; the map is socket storage.
-    let found = unsafe { bpf_sk_storage_get(map.cast(), sk.cast(), core::ptr::null_mut(), u64::from(create)) };
+    let found = unsafe {
+        bpf_sk_storage_get(
+            map.cast(),
+            sk.cast(),
+            core::ptr::null_mut(),
+            u64::from(create),
+        )
+    };
     !found.is_null()
 }
 
@@ -113,7 +140,12 @@ pub fn is_own(cookie: u64, addr: Addr) -> bool {
 /// Is the port in `EXCLUDED_PORTS`?
 #[inline(always)]
 pub fn port_excluded(cookie: u64, port: u16, inbound: u8) -> bool {
-    let key = PortKey { cookie, port, inbound, pad: [0; 5] };
+    let key = PortKey {
+        cookie,
+        port,
+        inbound,
+        pad: [0; 5],
+    };
     // SAFETY: the value is never read, only its presence.
     unsafe { maps::EXCLUDED_PORTS.get(key) }.is_some()
 }
@@ -122,5 +154,10 @@ pub fn port_excluded(cookie: u64, port: u16, inbound: u8) -> bool {
 #[inline(always)]
 pub fn cidr_excluded(cookie: u64, addr: Addr) -> bool {
     const WHOLE: u32 = 64 + 128;
-    maps::EXCLUDED_CIDRS.get(aya_ebpf::maps::lpm_trie::Key::new(WHOLE, CidrKey { cookie, addr })).is_some()
+    maps::EXCLUDED_CIDRS
+        .get(aya_ebpf::maps::lpm_trie::Key::new(
+            WHOLE,
+            CidrKey { cookie, addr },
+        ))
+        .is_some()
 }

@@ -37,11 +37,13 @@ pub static ROLES: HashMap<RoleKey, Role> = HashMap::with_max_entries(65536, BPF_
 #[map]
 pub static EXCLUDED_CIDRS: LpmTrie<CidrKey, u8> = LpmTrie::with_max_entries(65536, 0);
 #[map]
-pub static EXCLUDED_PORTS: HashMap<PortKey, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+pub static EXCLUDED_PORTS: HashMap<PortKey, u8> =
+    HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map]
 pub static ZTUNNELS: HashMap<u32, u8> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
 #[map]
-pub static COUNTERS: PerCpuHashMap<u64, Counters> = PerCpuHashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+pub static COUNTERS: PerCpuHashMap<u64, Counters> =
+    PerCpuHashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
 #[map]

@@ -21,7 +21,9 @@ pub fn count(cookie: u64, verdict: Verdict) {
 #[inline(always)]
 pub fn decided(cookie: u64, verdict: Verdict, tuple: &FourTuple, ifindex: u32) {
     count(cookie, verdict);
-    let Some(config) = maps::CONFIG.get(0) else { return };
+    let Some(config) = maps::CONFIG.get(0) else {
+        return;
+    };
     if config.events_until == 0 {
         return;
     }

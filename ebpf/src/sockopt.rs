@@ -16,7 +16,8 @@ use culvert_ebpf::{
 
 use crate::{
     kernel::{
-        SO_BINDTODEVICE, SO_BINDTOIFINDEX, SO_MARK, SOL_SOCKET, TCP_LISTEN, field, netns_cookie, ztunnel_storage,
+        SO_BINDTODEVICE, SO_BINDTOIFINDEX, SO_MARK, SOL_SOCKET, TCP_LISTEN, field, netns_cookie,
+        ztunnel_storage,
     },
     maps,
     report::count,
@@ -38,29 +39,35 @@ fn swallow(ctx: *mut bpf_sockopt, cookie: u64) -> i32 {
 
 #[inline(always)]
 pub fn run(ctx: *mut bpf_sockopt) -> i32 {
-    if field!(ctx, level) != SOL_SOCKET {
+    if field!(bpf_sockopt, ctx, level) as i32 != SOL_SOCKET {
         return ALLOW;
     }
-    let option = field!(ctx, optname);
+    let option = field!(bpf_sockopt, ctx, optname) as i32;
     if option != SO_MARK && option != SO_BINDTODEVICE && option != SO_BINDTOIFINDEX {
         return ALLOW;
     }
     // SAFETY: never null in this hook.
     let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
-    let protocol = field!(sk, protocol);
+    let protocol = field!(bpf_sock, sk, protocol);
     if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
         return ALLOW;
     }
     let cookie = netns_cookie(ctx);
     // SAFETY: entries are replaced whole; each field stands alone.
-    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else { return ALLOW };
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return ALLOW;
+    };
     if is_ztunnel_process(pod) {
         if option == SO_MARK && value(ctx).is_some_and(|v| v & mark::MASK == mark::ZTUNNEL) {
             ztunnel_storage(sk, true);
         }
         return ALLOW;
     }
-    if option == SO_MARK { marking(ctx, sk, protocol, cookie, pod) } else { binding(ctx, option, cookie) }
+    if option == SO_MARK {
+        marking(ctx, sk, protocol, cookie, pod)
+    } else {
+        binding(ctx, option, cookie)
+    }
 }
 
 /// Is the calling process one that user space named as ztunnel?
@@ -81,13 +88,19 @@ fn value(ctx: *mut bpf_sockopt) -> Option<u32> {
     unsafe {
         let start = (*ctx).__bindgen_anon_2.optval.cast::<u32>();
         let end = (*ctx).__bindgen_anon_3.optval_end.cast::<u32>();
-        if start.add(1) > end { None } else { Some(*start) }
+        if start.add(1) > end {
+            None
+        } else {
+            Some(*start)
+        }
     }
 }
 
 #[inline(always)]
 fn marking(ctx: *mut bpf_sockopt, sk: *mut bpf_sock, protocol: u32, cookie: u64, pod: &Pod) -> i32 {
-    let Some(asked) = value(ctx) else { return ALLOW };
+    let Some(asked) = value(ctx) else {
+        return ALLOW;
+    };
     let low = asked & mark::MASK;
     if low == mark::ZTUNNEL && pod.flags & pod_flags::NAMED_ZTUNNEL == 0 {
         return ALLOW;
@@ -97,10 +110,10 @@ fn marking(ctx: *mut bpf_sockopt, sk: *mut bpf_sock, protocol: u32, cookie: u64,
         return REFUSE;
     }
     // An MPTCP socket hands its mark to every subflow, over the one each got at connect().
-    if protocol == IPPROTO_MPTCP || field!(sk, state) == TCP_LISTEN {
+    if protocol == IPPROTO_MPTCP || field!(bpf_sock, sk, state) == TCP_LISTEN {
         return swallow(ctx, cookie);
     }
-    let ours = field!(sk, mark) & mark::MASK;
+    let ours = field!(bpf_sock, sk, mark) & mark::MASK;
     if ours & mark::FAMILY_MASK != mark::FAMILY {
         return ALLOW;
     }
@@ -132,5 +145,9 @@ fn binding(ctx: *mut bpf_sockopt, option: i32, cookie: u64) -> i32 {
         let end = (*ctx).__bindgen_anon_3.optval_end.cast::<u8>();
         if start.add(1) > end { 0 } else { *start }
     };
-    if first == 0 { ALLOW } else { swallow(ctx, cookie) }
+    if first == 0 {
+        ALLOW
+    } else {
+        swallow(ctx, cookie)
+    }
 }

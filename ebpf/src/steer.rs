@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use culvert_ebpf::{
     abi::{
-        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, MAX_VIRTUAL, Pod, RoleKey,
-        pod_flags, role,
+        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, MAX_VIRTUAL, Pod,
+        RoleKey, pod_flags, role,
     },
     decide::{self, SteerFacts, Verdict},
 };
@@ -86,7 +86,8 @@ impl SteerFacts for Facts<'_> {
 
     #[inline(always)]
     fn port_is_excluded(&self) -> bool {
-        self.pod.flags & pod_flags::IN_PORTS != 0 && port_excluded(self.cookie, self.tuple.dst_port, 1)
+        self.pod.flags & pod_flags::IN_PORTS != 0
+            && port_excluded(self.cookie, self.tuple.dst_port, 1)
     }
 
     #[inline(always)]
@@ -98,24 +99,33 @@ impl SteerFacts for Facts<'_> {
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> u32 {
     let lookup: *mut bpf_sk_lookup = ctx.lookup;
-    if field!(lookup, protocol) != IPPROTO_TCP {
+    if field!(bpf_sk_lookup, lookup, protocol) != IPPROTO_TCP {
         return PASS;
     }
     let cookie = cookie();
     // SAFETY: entries are replaced whole; each field stands alone.
-    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else { return PASS };
-    let tuple = FourTuple {
-        src: address!(lookup, remote_ip4, remote_ip6),
-        dst: address!(lookup, local_ip4, local_ip6),
-        src_port: u16::from_be(field!(lookup, remote_port)),
-        dst_port: field!(lookup, local_port) as u16,
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return PASS;
     };
-    let ifindex = field!(lookup, ingress_ifindex);
-    let facts = Facts { cookie, pod, tuple: &tuple, ifindex };
+    let tuple = FourTuple {
+        src: address!(bpf_sk_lookup, lookup, remote_ip4, remote_ip6),
+        dst: address!(bpf_sk_lookup, lookup, local_ip4, local_ip6),
+        src_port: u16::from_be(field!(bpf_sk_lookup, lookup, remote_port) as u16),
+        dst_port: field!(bpf_sk_lookup, lookup, local_port) as u16,
+    };
+    let ifindex = field!(bpf_sk_lookup, lookup, ingress_ifindex);
+    let facts = Facts {
+        cookie,
+        pod,
+        tuple: &tuple,
+        ifindex,
+    };
     let verdict = decide::steer(&tuple.dst, tuple.dst_port, &facts);
     let (role, missing) = match verdict {
         Verdict::Outbound | Verdict::Virtual => (role::OUTBOUND, Verdict::NoOutboundListener),
-        Verdict::Dns if field!(lookup, family) == AF_INET => (role::DNS4, Verdict::NoOutboundListener),
+        Verdict::Dns if field!(bpf_sk_lookup, lookup, family) == AF_INET => {
+            (role::DNS4, Verdict::NoOutboundListener)
+        }
         Verdict::Dns => (role::DNS6, Verdict::NoOutboundListener),
         Verdict::Inbound => (role::INBOUND, Verdict::NoInboundListener),
         Verdict::Hbone => (role::HBONE, Verdict::NoInboundListener),
@@ -132,7 +142,8 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         decided(cookie, missing, &tuple, ifindex);
         return DROP;
     }
-    if pod.flags & pod_flags::MULTI_INTERFACE != 0 && (role == role::INBOUND || role == role::HBONE) {
+    if pod.flags & pod_flags::MULTI_INTERFACE != 0 && (role == role::INBOUND || role == role::HBONE)
+    {
         let _ = maps::INGRESS.insert(tuple, ifindex, 0);
     }
     decided(cookie, verdict, &tuple, ifindex);
@@ -142,16 +153,27 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
 /// Hands the SYN to the newest listener of that role that is alive, and notes when none is.
 #[inline(always)]
 fn assign(ctx: &SkLookupContext, cookie: u64, role: u32) -> bool {
-    let known = maps::ROLES.get_ptr_mut(RoleKey { cookie, role, pad: 0 });
+    let known = maps::ROLES.get_ptr_mut(RoleKey {
+        cookie,
+        role,
+        pad: 0,
+    });
     let order = match known {
         // SAFETY: one aligned word is read.
         Some(known) => unsafe { (*known).order },
         None => INITIAL_ORDER,
     };
     for i in 0..LISTENER_SLOTS {
-        let key = ListenerKey { cookie, role, slot: (order >> (2 * i)) & 3 };
+        let key = ListenerKey {
+            cookie,
+            role,
+            slot: (order >> (2 * i)) & 3,
+        };
         // Alone, without its reuseport group: the group may hold strangers.
-        if maps::LISTENERS.redirect_sk_lookup(ctx, key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)).is_ok() {
+        if maps::LISTENERS
+            .redirect_sk_lookup(ctx, key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT))
+            .is_ok()
+        {
             if let Some(known) = known {
                 // SAFETY: one aligned word; only written when it says otherwise.
                 unsafe {

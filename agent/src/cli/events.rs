@@ -19,11 +19,22 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(global: &Global, args: &Args) -> anyhow::Result<ExitCode> {
-    let node = Node::open(&global.bpffs)?
-        .with_context(|| format!("nothing is loaded at {}: run `culvert load` first", global.bpffs.display()))?;
-    let only = args.netns.as_deref().map(Netns::open).transpose()?.map(|n| n.cookie().0);
+    let node = Node::open(&global.bpffs)?.with_context(|| {
+        format!(
+            "nothing is loaded at {}: run `culvert load` first",
+            global.bpffs.display()
+        )
+    })?;
+    let only = args
+        .netns
+        .as_deref()
+        .map(Netns::open)
+        .transpose()?
+        .map(|n| n.cookie().0);
     let mut events = Events::open(&node)?;
-    let end = args.seconds.map(|s| std::time::Instant::now() + Duration::from_secs(s));
+    let end = args
+        .seconds
+        .map(|s| std::time::Instant::now() + Duration::from_secs(s));
     while end.is_none_or(|end| std::time::Instant::now() < end) {
         for e in events.next(Duration::from_millis(200))? {
             if only.is_some_and(|cookie| cookie != e.cookie) {

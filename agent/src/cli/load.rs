@@ -13,16 +13,27 @@ use super::{
 pub(crate) fn load(global: &Global) -> anyhow::Result<ExitCode> {
     let (_, report) = Node::load(&global.load_options())?;
     print(global.output, &report, |report| {
-        let mut rows = vec![row!["PROGRAM", "KIND", "ACTION", "BYTES", "VERIFIED INSNS", "LOAD TIME", "TAG"]];
+        let mut rows = vec![row![
+            "PROGRAM",
+            "KIND",
+            "ACTION",
+            "BYTES",
+            "VERIFIED INSNS",
+            "LOAD TIME",
+            "TAG"
+        ]];
         for p in &report.programs {
-            let action = serde_json::to_value(p.action).ok().and_then(|v| v.as_str().map(str::to_owned));
+            let action = serde_json::to_value(p.action)
+                .ok()
+                .and_then(|v| v.as_str().map(str::to_owned));
             rows.push(row![
                 p.name,
                 p.kind,
                 action.unwrap_or_default(),
                 p.bytes_xlated,
                 p.verified_instructions,
-                p.load_time_us.map_or("-".to_owned(), |t| format!("{:.1} ms", t as f64 / 1000.0)),
+                p.load_time_us
+                    .map_or("-".to_owned(), |t| format!("{:.1} ms", t as f64 / 1000.0)),
                 p.tag,
             ]);
         }
@@ -44,7 +55,12 @@ pub(crate) fn unload(global: &Global, force: bool) -> anyhow::Result<ExitCode> {
     }
     let removed = node::unload(&global.bpffs, force)?;
     print(global.output, &json!({ "removed": removed }), |_| {
-        if removed { "removed" } else { "nothing was loaded" }.to_owned()
+        if removed {
+            "removed"
+        } else {
+            "nothing was loaded"
+        }
+        .to_owned()
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -52,13 +68,29 @@ pub(crate) fn unload(global: &Global, force: bool) -> anyhow::Result<ExitCode> {
 pub(crate) fn preflight(global: &Global) -> anyhow::Result<ExitCode> {
     let checks = preflight::run(&global.bpffs, global.cgroup_root.as_deref());
     let ok = checks.iter().all(|c| c.ok);
-    print(global.output, &json!({ "ok": ok, "checks": checks }), |_| {
-        let mut rows = vec![row!["CHECK", "", "WHAT WAS SEEN"]];
-        for c in &checks {
-            let cure = if c.ok { String::new() } else { format!("; cure: {}", c.cure) };
-            rows.push(row![c.name, if c.ok { "ok" } else { "MISSING" }, format!("{}{cure}", c.detail)]);
-        }
-        columns(&rows)
-    })?;
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    print(
+        global.output,
+        &json!({ "ok": ok, "checks": checks }),
+        |_| {
+            let mut rows = vec![row!["CHECK", "", "WHAT WAS SEEN"]];
+            for c in &checks {
+                let cure = if c.ok {
+                    String::new()
+                } else {
+                    format!("; cure: {}", c.cure)
+                };
+                rows.push(row![
+                    c.name,
+                    if c.ok { "ok" } else { "MISSING" },
+                    format!("{}{cure}", c.detail)
+                ]);
+            }
+            columns(&rows)
+        },
+    )?;
+    Ok(if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

@@ -40,7 +40,11 @@ pub(crate) struct Global {
 
 impl Global {
     fn load_options(&self) -> LoadOptions {
-        LoadOptions { bpffs: self.bpffs.clone(), cgroup_root: self.cgroup_root.clone(), probe_source: None }
+        LoadOptions {
+            bpffs: self.bpffs.clone(),
+            cgroup_root: self.cgroup_root.clone(),
+            probe_source: None,
+        }
     }
 }
 
@@ -71,8 +75,13 @@ pub(crate) fn run() -> ExitCode {
         1 => "info",
         _ => "debug",
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
     let global = &args.global;
     let result = match &args.command {
         Command::Load => load::load(global),

@@ -96,12 +96,18 @@ fn hold(text: &str) -> Result<Hold, String> {
     if text == "forever" {
         return Ok(Hold(None));
     }
-    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is neither seconds nor \"forever\""))?;
-    Duration::try_from_secs_f64(seconds).map(|d| Hold(Some(d))).map_err(|e| e.to_string())
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| format!("`{text}` is neither seconds nor \"forever\""))?;
+    Duration::try_from_secs_f64(seconds)
+        .map(|d| Hold(Some(d)))
+        .map_err(|e| e.to_string())
 }
 
 fn cidr(text: &str) -> Result<IpNet, String> {
-    let net = text.parse::<IpNet>().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
+    let net = text
+        .parse::<IpNet>()
+        .or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
     net.map_err(|_| format!("`{text}` is not a network: write 10.0.0.0/8 or fd00::/8"))
 }
 
@@ -117,13 +123,20 @@ pub(crate) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode
 
 fn open(global: &Global) -> anyhow::Result<Node> {
     Node::open(&global.bpffs)?.with_context(|| {
-        format!("nothing is loaded at {}: `culvert load` or `culvert netns attach` does so", global.bpffs.display())
+        format!(
+            "nothing is loaded at {}: `culvert load` or `culvert netns attach` does so",
+            global.bpffs.display()
+        )
     })
 }
 
 fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
     // Everything that can be wrong with the arguments comes before the first change.
-    let namespaces = args.netns.iter().map(|p| Netns::open(p)).collect::<Result<Vec<_>, _>>()?;
+    let namespaces = args
+        .netns
+        .iter()
+        .map(|p| Netns::open(p))
+        .collect::<Result<Vec<_>, _>>()?;
     let mut options = global.load_options();
     options.probe_source = args.probe_source.map(|s| match s {
         ProbeSource::Node => PROBES_NODE,
@@ -179,15 +192,24 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
             Err(error) => failed.push(error),
         }
     }
-    print(global.output, &json!({ "pods": done }), |_| table(&done, &["netns", "cookie", "result", "took_us"]))?;
+    print(global.output, &json!({ "pods": done }), |_| {
+        table(&done, &["netns", "cookie", "result", "took_us"])
+    })?;
     if args.ztunnel.is_empty() {
         tracing::info!("ztunnel is told by its mark alone; name its process with --ztunnel PID");
     }
     report_failures(global, failed)
 }
 
-fn report_failures(global: &Global, failed: Vec<culvert::kernel::Error>) -> anyhow::Result<ExitCode> {
-    let code = if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+fn report_failures(
+    global: &Global,
+    failed: Vec<culvert::kernel::Error>,
+) -> anyhow::Result<ExitCode> {
+    let code = if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    };
     for error in failed {
         super::output::error(global.output, &error.into());
     }
@@ -197,14 +219,22 @@ fn report_failures(global: &Global, failed: Vec<culvert::kernel::Error>) -> anyh
 fn table(rows: &[serde_json::Value], keys: &[&str]) -> String {
     let mut out = vec![keys.iter().map(|k| k.to_uppercase()).collect::<Vec<_>>()];
     out.extend(rows.iter().map(|r| {
-        keys.iter().map(|k| r[*k].as_str().map_or_else(|| r[*k].to_string(), str::to_owned)).collect()
+        keys.iter()
+            .map(|k| {
+                r[*k]
+                    .as_str()
+                    .map_or_else(|| r[*k].to_string(), str::to_owned)
+            })
+            .collect()
     }));
     columns(&out)
 }
 
 fn detach(global: &Global, paths: &[PathBuf], wait: u64) -> anyhow::Result<ExitCode> {
     let Some(node) = Node::open(&global.bpffs)? else {
-        print(global.output, &json!({ "pods": [] }), |_| "nothing is loaded, so nothing is enrolled".to_owned())?;
+        print(global.output, &json!({ "pods": [] }), |_| {
+            "nothing is loaded, so nothing is enrolled".to_owned()
+        })?;
         return Ok(ExitCode::SUCCESS);
     };
     // Namespaces that are gone by now have no file to name them by.
@@ -212,7 +242,9 @@ fn detach(global: &Global, paths: &[PathBuf], wait: u64) -> anyhow::Result<ExitC
     let mut done = Vec::new();
     let mut failed = Vec::new();
     for path in paths {
-        match Netns::open(path).and_then(|netns| detach_one(&node, &netns, Duration::from_secs(wait))) {
+        match Netns::open(path)
+            .and_then(|netns| detach_one(&node, &netns, Duration::from_secs(wait)))
+        {
             Ok((outcome, cookie)) => {
                 let (result, connections) = match outcome {
                     Detached::Gone => ("detached", 0),
@@ -223,24 +255,32 @@ fn detach(global: &Global, paths: &[PathBuf], wait: u64) -> anyhow::Result<ExitC
             }
             Err(error) if collected > 0 && !path.exists() => {
                 tracing::info!(%error, "the namespace is gone");
-                done.push(json!({ "netns": path, "cookie": null, "result": "gone", "connections": 0 }));
+                done.push(
+                    json!({ "netns": path, "cookie": null, "result": "gone", "connections": 0 }),
+                );
             }
             Err(error) => failed.push(error),
         }
     }
-    print(global.output, &json!({ "pods": done, "collected": collected }), |_| {
-        let mut text = table(&done, &["netns", "cookie", "result", "connections"]);
-        if done.iter().any(|d| d["result"] == "draining") {
-            text.push_str(
+    print(
+        global.output,
+        &json!({ "pods": done, "collected": collected }),
+        |_| {
+            let mut text = table(&done, &["netns", "cookie", "result", "connections"]);
+            if done.iter().any(|d| d["result"] == "draining") {
+                text.push_str(
                 "\ndraining: these connections still go through ztunnel and keep the pod's rules; detach again once they \
                  have ended, or use --wait\n",
             );
-        }
-        if collected > 0 {
-            text.push_str(&format!("\ncleaned up after {collected} namespaces that are gone or drained\n"));
-        }
-        text
-    })?;
+            }
+            if collected > 0 {
+                text.push_str(&format!(
+                    "\ncleaned up after {collected} namespaces that are gone or drained\n"
+                ));
+            }
+            text
+        },
+    )?;
     report_failures(global, failed)
 }
 
@@ -268,8 +308,16 @@ fn list(global: &Global) -> anyhow::Result<ExitCode> {
         let mut rows = vec![row!["COOKIE", "STATE", "NETNS", "ADDRESSES"]];
         for pod in &pods {
             let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
-            let path = pod.path.as_ref().map_or("-".to_owned(), |p| p.display().to_string());
-            rows.push(row![pod.cookie, format!("{:?}", pod.state).to_lowercase(), path, addresses.join(" ")]);
+            let path = pod
+                .path
+                .as_ref()
+                .map_or("-".to_owned(), |p| p.display().to_string());
+            rows.push(row![
+                pod.cookie,
+                format!("{:?}", pod.state).to_lowercase(),
+                path,
+                addresses.join(" ")
+            ]);
         }
         columns(&rows)
     })?;
@@ -280,7 +328,10 @@ fn show(global: &Global, path: &std::path::Path) -> anyhow::Result<ExitCode> {
     let netns = Netns::open(path)?;
     let node = open(global)?;
     let report = inspect::show(&node, &netns)?.with_context(|| {
-        format!("{} is not enrolled: `culvert netns list` shows what is", path.display())
+        format!(
+            "{} is not enrolled: `culvert netns list` shows what is",
+            path.display()
+        )
     })?;
     print(global.output, &report, |r| {
         let mut text = format!(
@@ -292,21 +343,45 @@ fn show(global: &Global, path: &std::path::Path) -> anyhow::Result<ExitCode> {
         let mut section = |title: &str, lines: Vec<String>| {
             if !lines.is_empty() {
                 text.push_str(&format!("{title}:\n"));
-                lines.iter().for_each(|l| text.push_str(&format!("  {l}\n")));
+                lines
+                    .iter()
+                    .for_each(|l| text.push_str(&format!("  {l}\n")));
             }
         };
         section("problems", r.problems.clone());
         section("notes", r.notes.clone());
-        section("addresses", r.summary.addresses.iter().map(ToString::to_string).collect());
-        section("policy", r.policy.iter().map(|(k, v)| format!("{k}: {v}")).collect());
+        section(
+            "addresses",
+            r.summary
+                .addresses
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+        );
+        section(
+            "policy",
+            r.policy.iter().map(|(k, v)| format!("{k}: {v}")).collect(),
+        );
         let listener = |l: &inspect::Listener| {
-            format!("{} {} (socket {}, rank {})", l.role, l.local.as_deref().unwrap_or("gone"), l.socket, l.rank)
+            format!(
+                "{} {} (socket {}, rank {})",
+                l.role,
+                l.local.as_deref().unwrap_or("gone"),
+                l.socket,
+                l.rank
+            )
         };
         section("listeners", r.listeners.iter().map(listener).collect());
         section("programmed", r.programmed.clone());
         let counted = r.counters.iter().filter(|(_, n)| **n > 0);
-        section("counters", counted.map(|(k, n)| format!("{k}: {n}")).collect());
-        section("connections with our marks", vec![r.marked_connections.to_string()]);
+        section(
+            "counters",
+            counted.map(|(k, n)| format!("{k}: {n}")).collect(),
+        );
+        section(
+            "connections with our marks",
+            vec![r.marked_connections.to_string()],
+        );
         text
     })?;
     Ok(ExitCode::SUCCESS)
@@ -321,8 +396,14 @@ fn watch(global: &Global) -> anyhow::Result<ExitCode> {
         if round.watched != watched || round.synced > 0 {
             watched = round.watched;
             match global.output {
-                Format::Json => println!("{}", json!({ "watched": round.watched, "synced": round.synced })),
-                Format::Table => println!("watching {} pods, {} brought up to date", round.watched, round.synced),
+                Format::Json => println!(
+                    "{}",
+                    json!({ "watched": round.watched, "synced": round.synced })
+                ),
+                Format::Table => println!(
+                    "watching {} pods, {} brought up to date",
+                    round.watched, round.synced
+                ),
             }
         }
     }

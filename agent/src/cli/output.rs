@@ -14,7 +14,11 @@ pub(crate) enum Format {
 }
 
 /// Prints `value` as JSON, or what `table` makes of it.
-pub(crate) fn print<T: Serialize>(format: Format, value: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+pub(crate) fn print<T: Serialize>(
+    format: Format,
+    value: &T,
+    table: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
     let text = match format {
         Format::Json => serde_json::to_string_pretty(value)?,
         Format::Table => table(value),
@@ -39,11 +43,21 @@ pub(crate) fn error(format: Format, error: &anyhow::Error) {
 /// Lines up columns; the first row is the heading.
 pub(crate) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |i| rows.iter().filter_map(|r| r.get(i)).map(|c: &String| c.chars().count()).max().unwrap_or(0);
+    let width = |i| {
+        rows.iter()
+            .filter_map(|r| r.get(i))
+            .map(|c: &String| c.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..count).map(width).collect();
     let mut out = String::new();
     for row in rows {
-        let line: Vec<String> = row.iter().zip(&widths).map(|(cell, w)| format!("{cell:<w$}")).collect();
+        let line: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, w)| format!("{cell:<w$}"))
+            .collect();
         out.push_str(line.join("  ").trim_end());
         out.push('\n');
     }

@@ -35,7 +35,8 @@ fn parse_mounts(table: &str) -> Option<PathBuf> {
         let (mount, fs) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        (fs.starts_with("cgroup2 ") && root == "/").then(|| PathBuf::from(point.replace("\\040", " ")))
+        (fs.starts_with("cgroup2 ") && root == "/")
+            .then(|| PathBuf::from(point.replace("\\040", " ")))
     })
 }
 
@@ -43,7 +44,8 @@ fn parse_mounts(table: &str) -> Option<PathBuf> {
 /// cgroup, and the programs then see what is below it only.
 pub fn open(path: &Path, named: bool) -> Result<File> {
     let fail = |e: io::Error| {
-        Error::system(OPERATION, path.display(), e).cured_by("name a directory of the v2 hierarchy with --cgroup-root")
+        Error::system(OPERATION, path.display(), e)
+            .cured_by("name a directory of the v2 hierarchy with --cgroup-root")
     };
     let dir = File::open(path).map_err(fail)?;
     let kind = statfs::fstatfs(&dir).map_err(|e| fail(e.into()))?;
@@ -73,13 +75,18 @@ mod tests {
 
     #[test]
     fn finds_the_v2_mount_on_pure_and_hybrid_hosts() {
-        let pure = "29 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+        let pure =
+            "29 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(parse_mounts(pure), Some("/sys/fs/cgroup".into()));
         let hybrid = "30 29 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       31 29 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         assert_eq!(parse_mounts(hybrid), Some("/sys/fs/cgroup/unified".into()));
         let inside = "31 29 0:28 /../pod1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(parse_mounts(inside), None, "a bind mount of a part is not the root");
+        assert_eq!(
+            parse_mounts(inside),
+            None,
+            "a bind mount of a part is not the root"
+        );
         assert_eq!(parse_mounts("1 2 0:1 / / rw - ext4 /dev/a rw\n"), None);
     }
 }

@@ -31,7 +31,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// From a failed system call.
-    pub fn system(operation: impl Into<Cow<'static, str>>, object: impl fmt::Display, cause: io::Error) -> Self {
+    pub fn system(
+        operation: impl Into<Cow<'static, str>>,
+        object: impl fmt::Display,
+        cause: io::Error,
+    ) -> Self {
         let retryable = matches!(
             cause.raw_os_error(),
             Some(libc::EAGAIN | libc::EINTR | libc::EBUSY | libc::ENOBUFS | libc::ENOMEM)
@@ -42,10 +46,18 @@ impl Error {
                  names what is missing"
             }
             Some(libc::ENOMEM) => "free memory or raise the memory limit of this process's cgroup",
-            Some(libc::E2BIG) => "a map is full: this node has more pods or addresses than Culvert is built for",
+            Some(libc::E2BIG) => {
+                "a map is full: this node has more pods or addresses than Culvert is built for"
+            }
             _ => "",
         };
-        Self { operation: operation.into(), object: object.to_string(), cause: Cause::System(cause), cure: cure.into(), retryable }
+        Self {
+            operation: operation.into(),
+            object: object.to_string(),
+            cause: Cause::System(cause),
+            cure: cure.into(),
+            retryable,
+        }
     }
 
     /// From a check of ours.

@@ -36,7 +36,9 @@ const LEASE: Duration = Duration::from_secs(2);
 /// CLOCK_MONOTONIC in nanoseconds, what programs call the time.
 #[must_use]
 pub fn now() -> u64 {
-    let Ok(time) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
+    let Ok(time) = clock_gettime(ClockId::CLOCK_MONOTONIC) else {
+        return 0;
+    };
     u64::try_from(Duration::from(time).as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -97,21 +99,47 @@ impl<'a> Events<'a> {
         let fail = |e: io::Error| Error::system("map", "the ring buffer of events", e);
         let fd = node.maps().events.as_fd();
         let size = sys::map_info(fd).map_err(fail)?.max_entries as usize;
-        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten().unwrap_or(4096);
+        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+            .ok()
+            .flatten()
+            .unwrap_or(4096);
         let page = usize::try_from(page).unwrap_or(4096);
-        let length = |n: usize| NonZeroUsize::new(n).ok_or_else(|| fail(io::Error::from_raw_os_error(libc::EINVAL)));
+        let length = |n: usize| {
+            NonZeroUsize::new(n).ok_or_else(|| fail(io::Error::from_raw_os_error(libc::EINVAL)))
+        };
         // SAFETY: a fresh mapping of the kernel's choice of place; nothing of ours lies there.
         let consumer = unsafe {
-            mmap(None, length(page)?, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, fd, 0)
+            mmap(
+                None,
+                length(page)?,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                fd,
+                0,
+            )
         }
         .map_err(|e| fail(e.into()))?;
         let offset = i64::try_from(page).unwrap_or(4096);
         // SAFETY: as above. The data is mapped twice in a row, so that no record wraps.
         let data = unsafe {
-            mmap(None, length(page + 2 * size)?, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, fd, offset)
+            mmap(
+                None,
+                length(page + 2 * size)?,
+                ProtFlags::PROT_READ,
+                MapFlags::MAP_SHARED,
+                fd,
+                offset,
+            )
         }
         .map_err(|e| fail(e.into()))?;
-        let mut events = Self { node, consumer: consumer.cast(), data: data.cast(), page, size, renewed: 0 };
+        let mut events = Self {
+            node,
+            consumer: consumer.cast(),
+            data: data.cast(),
+            page,
+            size,
+            renewed: 0,
+        };
         // What an earlier reader left is old news.
         let end = events.producer().load(Ordering::Acquire);
         events.position().store(end, Ordering::Release);
@@ -133,7 +161,13 @@ impl<'a> Events<'a> {
         let _lock = self.node.lock()?;
         let config = self.node.config()?;
         let until = now() + u64::try_from(LEASE.as_nanos()).unwrap_or(0);
-        self.node.maps().config.set(&0, &Config { events_until: until, ..config })?;
+        self.node.maps().config.set(
+            &0,
+            &Config {
+                events_until: until,
+                ..config
+            },
+        )?;
         self.renewed = now();
         Ok(())
     }
@@ -146,7 +180,8 @@ impl<'a> Events<'a> {
         let mut found = self.take();
         if found.is_empty() {
             let fd = self.node.maps().events.as_fd();
-            let wait = PollTimeout::try_from(timeout.min(Duration::from_millis(500))).unwrap_or(PollTimeout::ZERO);
+            let wait = PollTimeout::try_from(timeout.min(Duration::from_millis(500)))
+                .unwrap_or(PollTimeout::ZERO);
             // Interrupted or not: what is there is taken.
             let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], wait);
             found = self.take();
@@ -164,7 +199,8 @@ impl<'a> Events<'a> {
         while at < end {
             let offset = self.page + usize::try_from(at).unwrap_or(0) % self.size;
             // SAFETY: below the end of the doubled mapping; records are eight-byte aligned.
-            let head = unsafe { self.data.add(offset).cast::<AtomicU32>().as_ref() }.load(Ordering::Acquire);
+            let head = unsafe { self.data.add(offset).cast::<AtomicU32>().as_ref() }
+                .load(Ordering::Acquire);
             if head & BUSY != 0 {
                 break;
             }
@@ -172,7 +208,10 @@ impl<'a> Events<'a> {
             if head & DISCARDED == 0 && length >= size_of::<Event>() {
                 // SAFETY: the record is complete, so the kernel writes it no more until we move on.
                 let bytes = unsafe {
-                    std::slice::from_raw_parts(self.data.add(offset + HEADER).as_ptr(), size_of::<Event>())
+                    std::slice::from_raw_parts(
+                        self.data.add(offset + HEADER).as_ptr(),
+                        size_of::<Event>(),
+                    )
                 };
                 found.extend(sys::from_bytes::<Event>(bytes).map(Decision::from));
             }
@@ -186,7 +225,13 @@ impl<'a> Events<'a> {
 impl Drop for Events<'_> {
     fn drop(&mut self) {
         if let Ok(config) = self.node.config() {
-            let _ = self.node.maps().config.set(&0, &Config { events_until: 0, ..config });
+            let _ = self.node.maps().config.set(
+                &0,
+                &Config {
+                    events_until: 0,
+                    ..config
+                },
+            );
         }
         // SAFETY: both were mapped with these lengths and nobody holds a reference any more.
         unsafe {

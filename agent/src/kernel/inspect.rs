@@ -2,12 +2,7 @@
 //!
 //! Reads only.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-    os::fd::AsFd,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, net::IpAddr, os::fd::AsFd, path::PathBuf};
 
 use culvert_ebpf::{
     abi::{RoleKey, mark, pod_flags, role},
@@ -95,7 +90,12 @@ pub struct Report {
     pub counters: BTreeMap<&'static str, u64>,
 }
 
-fn summary(node: &Node, cookie: NetnsCookie, paths: &[((u64, u64), PathBuf)], own: Vec<IpAddr>) -> Result<Summary> {
+fn summary(
+    node: &Node,
+    cookie: NetnsCookie,
+    paths: &[((u64, u64), PathBuf)],
+    own: Vec<IpAddr>,
+) -> Result<Summary> {
     let record = node.maps().records.get(&cookie.0)?;
     let target = sys::obj_get(&node.pins().pod(cookie))
         .ok()
@@ -106,7 +106,10 @@ fn summary(node: &Node, cookie: NetnsCookie, paths: &[((u64, u64), PathBuf)], ow
     Ok(Summary {
         cookie,
         inode: record.map_or(0, |r| r.netns_inode),
-        path: paths.iter().find(|(at, _)| Some(*at) == id).map(|(_, path)| path.clone()),
+        path: paths
+            .iter()
+            .find(|(at, _)| Some(*at) == id)
+            .map(|(_, path)| path.clone()),
         state: match target {
             Some(0) => State::Dead,
             _ if enrolled => State::Enrolled,
@@ -140,8 +143,13 @@ pub fn list(node: &Node) -> Result<Vec<Summary>> {
 
 /// One pod in full; none when there is nothing of ours.
 pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
-    let Some(summary) = list(node)?.into_iter().find(|s| s.cookie == netns.cookie()) else { return Ok(None) };
-    let summary = Summary { path: Some(netns.path().to_owned()), ..summary };
+    let Some(summary) = list(node)?.into_iter().find(|s| s.cookie == netns.cookie()) else {
+        return Ok(None);
+    };
+    let summary = Summary {
+        path: Some(netns.path().to_owned()),
+        ..summary
+    };
     let mut problems = Vec::new();
     let guard = netns.enter()?;
     let observed = netconf::observe(&guard, &mut Rtnetlink::open()?)?;
@@ -150,7 +158,12 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
     let wrong_sysctls = sysctl::wrong(&guard)?;
     drop(guard);
     let ours = |r: &&plan::Rule| r.protocol == plan::PROTOCOL;
-    let rules: Vec<String> = observed.rules.iter().filter(ours).map(ToString::to_string).collect();
+    let rules: Vec<String> = observed
+        .rules
+        .iter()
+        .filter(ours)
+        .map(ToString::to_string)
+        .collect();
     let routes = observed.routes.iter().map(ToString::to_string);
     let mut report = Report {
         whole: false,
@@ -165,14 +178,22 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
     };
     if report.summary.state != State::Enrolled {
         problems.push(
-            "not enrolled: attach it, or detach it again once its connections have ended".to_owned(),
+            "not enrolled: attach it, or detach it again once its connections have ended"
+                .to_owned(),
         );
     } else {
-        let mut names: Vec<String> = observed.rules.iter().filter(ours).filter_map(|r| r.iif.clone()).collect();
+        let mut names: Vec<String> = observed
+            .rules
+            .iter()
+            .filter(ours)
+            .filter_map(|r| r.iif.clone())
+            .collect();
         names.sort_unstable();
         names.dedup();
         for step in plan::enrol(&observed, &names) {
-            problems.push(format!("to do: {step}; attach again, or run `culvert netns watch`"));
+            problems.push(format!(
+                "to do: {step}; attach again, or run `culvert netns watch`"
+            ));
         }
         if report.summary.addresses != observed.own() {
             problems.push(format!(
@@ -185,19 +206,27 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
             problems.push(format!("{path} is not 1: attach again"));
         }
         let link = sys::obj_get(&node.pins().pod(netns.cookie())).ok();
-        let attached = link.and_then(|l| sys::netns_link_info(l.as_fd()).ok()).is_some_and(|i| i.target == netns.inode());
+        let attached = link
+            .and_then(|l| sys::netns_link_info(l.as_fd()).ok())
+            .is_some_and(|i| i.target == netns.inode());
         if !attached {
             problems.push("culvert_steer is not attached: attach again".to_owned());
         }
-        let foreign = observed.rules.iter().filter(|r| r.pref == 0 && r.protocol != plan::PROTOCOL && (r.foreign || r.mark.is_some()));
+        let foreign = observed.rules.iter().filter(|r| {
+            r.pref == 0 && r.protocol != plan::PROTOCOL && (r.foreign || r.mark.is_some())
+        });
         for rule in foreign {
-            report.notes.push(format!("somebody else's rule stands beside ours: {rule}"));
+            report
+                .notes
+                .push(format!("somebody else's rule stands beside ours: {rule}"));
         }
     }
     for role in [role::OUTBOUND, role::INBOUND, role::HBONE] {
         let name = ROLE_NAMES[role as usize];
         if !report.listeners.iter().any(|l| l.role == name) {
-            report.notes.push(format!("no ztunnel listens as {name}: connections wait, then are refused"));
+            report.notes.push(format!(
+                "no ztunnel listens as {name}: connections wait, then are refused"
+            ));
         }
     }
     for listener in &report.listeners {
@@ -208,8 +237,12 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
             ));
         }
     }
-    if report.summary.state == State::Enrolled && report.policy.get("ztunnel_named") == Some(&false.into()) {
-        report.notes.push("ztunnel is told by its mark alone: name its process with --ztunnel PID".to_owned());
+    if report.summary.state == State::Enrolled
+        && report.policy.get("ztunnel_named") == Some(&false.into())
+    {
+        report.notes.push(
+            "ztunnel is told by its mark alone: name its process with --ztunnel PID".to_owned(),
+        );
     }
     report.whole = problems.is_empty();
     report.problems = problems;
@@ -219,21 +252,41 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
 fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_json::Value>> {
     let cookie = netns.cookie().0;
     let mut out = BTreeMap::new();
-    let Some(pod) = node.maps().pods.get(&cookie)? else { return Ok(out) };
+    let Some(pod) = node.maps().pods.get(&cookie)? else {
+        return Ok(out);
+    };
     let on = |flag| serde_json::Value::from(pod.flags & flag != 0);
     out.insert("dns", on(pod_flags::DNS));
     out.insert("bypass_inbound", on(pod_flags::BYPASS_INBOUND));
     out.insert("ztunnel_named", on(pod_flags::NAMED_ZTUNNEL));
     out.insert(
         "hold_seconds",
-        if pod.hold == u64::MAX { "forever".into() } else { (pod.hold / 1_000_000_000).into() },
+        if pod.hold == u64::MAX {
+            "forever".into()
+        } else {
+            (pod.hold / 1_000_000_000).into()
+        },
     );
-    let virtual_interfaces: Vec<u32> = pod.virtual_ifindexes.into_iter().filter(|i| *i != 0).collect();
+    let virtual_interfaces: Vec<u32> = pod
+        .virtual_ifindexes
+        .into_iter()
+        .filter(|i| *i != 0)
+        .collect();
     out.insert("virtual_interface_indexes", virtual_interfaces.into());
     let mut outbound = Vec::new();
     let mut inbound = Vec::new();
-    for key in node.maps().excluded_ports.keys()?.into_iter().filter(|k| k.cookie == cookie) {
-        if key.inbound == 0 { outbound.push(key.port) } else { inbound.push(key.port) }
+    for key in node
+        .maps()
+        .excluded_ports
+        .keys()?
+        .into_iter()
+        .filter(|k| k.cookie == cookie)
+    {
+        if key.inbound == 0 {
+            outbound.push(key.port)
+        } else {
+            inbound.push(key.port)
+        }
     }
     outbound.sort_unstable();
     inbound.sort_unstable();
@@ -248,7 +301,11 @@ fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_jso
     }
     cidrs.sort_unstable();
     out.insert("exclude_outbound_cidrs", cidrs.into());
-    let away = node.maps().roles.get(&RoleKey { cookie, role: role::OUTBOUND, pad: 0 })?;
+    let away = node.maps().roles.get(&RoleKey {
+        cookie,
+        role: role::OUTBOUND,
+        pad: 0,
+    })?;
     let since = away.map_or(0, |r| r.away_since);
     let seconds = (since != 0).then(|| super::events::now().saturating_sub(since) / 1_000_000_000);
     out.insert("ztunnel_away_seconds", seconds.into());
@@ -257,15 +314,28 @@ fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_jso
 
 fn cidr(network: Addr, prefix_len: u32) -> String {
     let skipped = 64 + if network.is_v4() { 96 } else { 0 };
-    format!("{}/{}", IpAddr::from(network), prefix_len.saturating_sub(skipped))
+    format!(
+        "{}/{}",
+        IpAddr::from(network),
+        prefix_len.saturating_sub(skipped)
+    )
 }
 
 fn listeners_of(node: &Node, netns: &Netns, open: &[sockdiag::TcpSocket]) -> Result<Vec<Listener>> {
     let mut found = Vec::new();
     for (number, slot, socket) in listeners::registered(node, netns)? {
-        let key = RoleKey { cookie: netns.cookie().0, role: number, pad: 0 };
-        let order = node.maps().roles.get(&key)?.map_or(culvert_ebpf::abi::INITIAL_ORDER, |r| r.order);
-        let rank = (0..culvert_ebpf::abi::LISTENER_SLOTS).position(|i| (order >> (2 * i)) & 3 == slot);
+        let key = RoleKey {
+            cookie: netns.cookie().0,
+            role: number,
+            pad: 0,
+        };
+        let order = node
+            .maps()
+            .roles
+            .get(&key)?
+            .map_or(culvert_ebpf::abi::INITIAL_ORDER, |r| r.order);
+        let rank =
+            (0..culvert_ebpf::abi::LISTENER_SLOTS).position(|i| (order >> (2 * i)) & 3 == slot);
         let seen = open.iter().find(|s| s.cookie == socket);
         found.push(Listener {
             role: ROLE_NAMES[number as usize],
@@ -278,12 +348,19 @@ fn listeners_of(node: &Node, netns: &Netns, open: &[sockdiag::TcpSocket]) -> Res
     found.sort_by_key(|l| (ROLE_NAMES.iter().position(|n| *n == l.role), l.rank));
     for role in ROLE_NAMES {
         let alive = found.iter_mut().filter(|l| l.role == role);
-        alive.enumerate().for_each(|(rank, listener)| listener.rank = rank);
+        alive
+            .enumerate()
+            .for_each(|(rank, listener)| listener.rank = rank);
     }
     Ok(found)
 }
 
 fn counters(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, u64>> {
-    let Some(counters) = node.maps().counters.get(netns.cookie().0)? else { return Ok(BTreeMap::new()) };
-    Ok(Verdict::ALL.into_iter().map(|v| (v.name(), counters.by_verdict[v as usize])).collect())
+    let Some(counters) = node.maps().counters.get(netns.cookie().0)? else {
+        return Ok(BTreeMap::new());
+    };
+    Ok(Verdict::ALL
+        .into_iter()
+        .map(|v| (v.name(), counters.by_verdict[v as usize]))
+        .collect())
 }

@@ -2,7 +2,10 @@
 //!
 //! `culvert_connect` registers a listener when it opens. One that was open before is fetched from ztunnel's
 //! process with pidfd_getfd(2) and entered from here.
-#![expect(unsafe_code, reason = "pidfd_open(2) and pidfd_getfd(2), which nix does not wrap")]
+#![expect(
+    unsafe_code,
+    reason = "pidfd_open(2) and pidfd_getfd(2), which nix does not wrap"
+)]
 
 use std::{
     fs, io,
@@ -10,7 +13,9 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
-use culvert_ebpf::abi::{INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, Role, RoleKey, mark, newest_first, port, role};
+use culvert_ebpf::abi::{
+    INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, Role, RoleKey, mark, newest_first, port, role,
+};
 
 use super::{
     error::{Error, Result},
@@ -27,9 +32,17 @@ pub fn check_process(pid: u32) -> Result<()> {
         Error::system(OPERATION, format_args!("process {pid}"), e)
             .cured_by("give the process id of a running ztunnel, as seen from here")
     })?;
-    let tgid = status.lines().find_map(|l| l.strip_prefix("Tgid:")).and_then(|v| v.trim().parse::<u32>().ok());
+    let tgid = status
+        .lines()
+        .find_map(|l| l.strip_prefix("Tgid:"))
+        .and_then(|v| v.trim().parse::<u32>().ok());
     if tgid != Some(pid) {
-        return Err(Error::wrong(OPERATION, pid, "this is a thread", "give the process id of its leader"));
+        return Err(Error::wrong(
+            OPERATION,
+            pid,
+            "this is a thread",
+            "give the process id of its leader",
+        ));
     }
     Ok(())
 }
@@ -60,15 +73,25 @@ pub fn role_of(socket: &TcpSocket) -> Option<u32> {
 }
 
 /// The roles' names, by number.
-pub const ROLE_NAMES: [&str; role::COUNT as usize] = ["outbound", "inbound", "hbone", "dns4", "dns6"];
+pub const ROLE_NAMES: [&str; role::COUNT as usize] =
+    ["outbound", "inbound", "hbone", "dns4", "dns6"];
 
 /// Cookies of the sockets registered for a pod, with their role and slot.
 pub fn registered(node: &Node, netns: &Netns) -> Result<Vec<(u32, u32, u64)>> {
     let mut found = Vec::new();
     for role in 0..role::COUNT {
         for slot in 0..LISTENER_SLOTS {
-            let key = ListenerKey { cookie: netns.cookie().0, role, slot };
-            found.extend(node.maps().listeners.get(&key)?.map(|cookie| (role, slot, cookie)));
+            let key = ListenerKey {
+                cookie: netns.cookie().0,
+                role,
+                slot,
+            };
+            found.extend(
+                node.maps()
+                    .listeners
+                    .get(&key)?
+                    .map(|cookie| (role, slot, cookie)),
+            );
         }
     }
     Ok(found)
@@ -84,7 +107,9 @@ pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
     let known = registered(node, netns)?;
     let missing: Vec<(u32, &TcpSocket)> = open
         .iter()
-        .filter(|s| s.mark & mark::MASK == mark::ZTUNNEL && !known.iter().any(|(_, _, c)| *c == s.cookie))
+        .filter(|s| {
+            s.mark & mark::MASK == mark::ZTUNNEL && !known.iter().any(|(_, _, c)| *c == s.cookie)
+        })
         .filter_map(|s| role_of(s).map(|r| (r, s)))
         .collect();
     if missing.is_empty() {
@@ -114,19 +139,39 @@ fn enter(node: &Node, netns: &Netns, role: u32, socket: &OwnedFd) -> Result<()> 
         0,
     )
     .map_err(fail)?;
-    let key = RoleKey { cookie, role, pad: 0 };
+    let key = RoleKey {
+        cookie,
+        role,
+        pad: 0,
+    };
     let present = maps.roles.get(&key)?;
     let order = present.map_or(INITIAL_ORDER, |r| r.order);
     let mut slot = (order >> (2 * (LISTENER_SLOTS - 1))) & 3;
     for candidate in 0..LISTENER_SLOTS {
-        if maps.listeners.get(&ListenerKey { cookie, role, slot: candidate })?.is_none() {
+        if maps
+            .listeners
+            .get(&ListenerKey {
+                cookie,
+                role,
+                slot: candidate,
+            })?
+            .is_none()
+        {
             slot = candidate;
             break;
         }
     }
-    maps.listeners.set(&ListenerKey { cookie, role, slot }, &raw)?;
+    maps.listeners
+        .set(&ListenerKey { cookie, role, slot }, &raw)?;
     let live = present.map_or(0, |r| r.live) + 1;
-    maps.roles.set(&key, &Role { order: newest_first(order, slot), live, away_since: 0 })
+    maps.roles.set(
+        &key,
+        &Role {
+            order: newest_first(order, slot),
+            live,
+            away_since: 0,
+        },
+    )
 }
 
 /// A process whose descriptors can be copied.
@@ -141,10 +186,17 @@ impl Process {
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         let fd = i32::try_from(fd).unwrap_or(-1);
         if fd < 0 {
-            return Err(Error::system("open process", pid, io::Error::last_os_error()));
+            return Err(Error::system(
+                "open process",
+                pid,
+                io::Error::last_os_error(),
+            ));
         }
         // SAFETY: pidfd_open returned a descriptor that nobody else owns.
-        Ok(Self { pid, pidfd: unsafe { OwnedFd::from_raw_fd(fd) } })
+        Ok(Self {
+            pid,
+            pidfd: unsafe { OwnedFd::from_raw_fd(fd) },
+        })
     }
 
     /// A copy of the descriptor behind a socket's inode.
@@ -156,13 +208,24 @@ impl Process {
             if !fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == wanted.as_str()) {
                 continue;
             }
-            let Some(number) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+            let Some(number) = entry
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok())
+            else {
+                continue;
+            };
             // SAFETY: our own pidfd, plain numbers, a new descriptor or an error out.
-            let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
+            let fd =
+                unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
             let fd = i32::try_from(fd).unwrap_or(-1);
             if fd < 0 {
-                return Err(Error::system("copy a socket of process", self.pid, io::Error::last_os_error())
-                    .cured_by("give the agent CAP_SYS_PTRACE"));
+                return Err(Error::system(
+                    "copy a socket of process",
+                    self.pid,
+                    io::Error::last_os_error(),
+                )
+                .cured_by("give the agent CAP_SYS_PTRACE"));
             }
             // SAFETY: pidfd_getfd returned a descriptor that nobody else owns.
             return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }));

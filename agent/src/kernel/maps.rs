@@ -1,5 +1,8 @@
 //! Maps with their types: what `culvert_ebpf::abi` says, so that nobody passes a wrong length.
-#![expect(unsafe_code, reason = "the one place that says which types may be read as bytes")]
+#![expect(
+    unsafe_code,
+    reason = "the one place that says which types may be read as bytes"
+)]
 
 use std::{
     io,
@@ -9,7 +12,8 @@ use std::{
 
 use culvert_ebpf::{
     abi::{
-        CidrKey, Config, Counters, Event, FourTuple, ListenerKey, Pod, PodAddr, PortKey, Record, Role, RoleKey, maps,
+        CidrKey, Config, Counters, Event, FourTuple, ListenerKey, Pod, PodAddr, PortKey, Record,
+        Role, RoleKey, maps,
     },
     addr::Addr,
 };
@@ -30,8 +34,23 @@ macro_rules! plain {
     ($($t:ty),+) => { $(unsafe impl Plain for $t {})+ };
 }
 plain!(
-    u8, u32, u64, Addr, CidrKey, Config, Counters, Event, FourTuple, ListenerKey, Pod, PodAddr, PortKey, Record, Role,
-    RoleKey, LpmCidr
+    u8,
+    u32,
+    u64,
+    Addr,
+    CidrKey,
+    Config,
+    Counters,
+    Event,
+    FourTuple,
+    ListenerKey,
+    Pod,
+    PodAddr,
+    PortKey,
+    Record,
+    Role,
+    RoleKey,
+    LpmCidr
 );
 
 /// Key of the LPM trie as the kernel wants it: prefix length, then data, unpadded.
@@ -55,7 +74,11 @@ pub struct Map<K, V> {
 impl<K: Plain, V: Plain> Map<K, V> {
     /// Takes a descriptor whose sizes were checked (see [`super::node`]).
     pub fn new(name: &'static str, fd: OwnedFd) -> Self {
-        Self { name, fd, types: PhantomData }
+        Self {
+            name,
+            fd,
+            types: PhantomData,
+        }
     }
 
     fn error(&self, operation: &'static str, cause: io::Error) -> Error {
@@ -78,7 +101,8 @@ impl<K: Plain, V: Plain> Map<K, V> {
 
     /// Deletes a key; false when it was not there.
     pub fn remove(&self, key: &K) -> Result<bool> {
-        sys::map_delete(self.fd.as_fd(), sys::bytes_of(key)).map_err(|e| self.error("delete from", e))
+        sys::map_delete(self.fd.as_fd(), sys::bytes_of(key))
+            .map_err(|e| self.error("delete from", e))
     }
 
     /// All keys. Entries that come and go meanwhile may be missed or seen.
@@ -89,7 +113,8 @@ impl<K: Plain, V: Plain> Map<K, V> {
         // A key deleted between two steps makes the kernel start over: no map holds more than this.
         const LIMIT: usize = 1 << 20;
         while keys.len() < LIMIT
-            && sys::map_next_key(self.fd.as_fd(), current.as_deref(), &mut next).map_err(|e| self.error("list", e))?
+            && sys::map_next_key(self.fd.as_fd(), current.as_deref(), &mut next)
+                .map_err(|e| self.error("list", e))?
         {
             keys.extend(sys::from_bytes::<K>(&next));
             current = Some(next.clone());
@@ -118,7 +143,10 @@ impl CounterMap {
             return Ok(None);
         }
         let mut sum = Counters { by_verdict: [0; _] };
-        for one in raw.chunks_exact(size_of::<Counters>()).filter_map(sys::from_bytes::<Counters>) {
+        for one in raw
+            .chunks_exact(size_of::<Counters>())
+            .filter_map(sys::from_bytes::<Counters>)
+        {
             for (total, n) in sum.by_verdict.iter_mut().zip(one.by_verdict) {
                 *total += n;
             }

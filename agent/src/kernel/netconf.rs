@@ -19,13 +19,17 @@ use super::{
     sysctl,
 };
 use crate::plan::netns::{
-    Action, Family, HOLD_TABLE, Link, Observed, PROTOCOL, Route, RouteKind, Rule, Step, TURN_TABLE, counts_as_own,
+    Action, Family, HOLD_TABLE, Link, Observed, PROTOCOL, Route, RouteKind, Rule, Step, TURN_TABLE,
+    counts_as_own,
 };
 
 /// Reads the namespace the guard stands for.
 pub fn observe(guard: &Guard<'_>, netlink: &mut Rtnetlink) -> Result<Observed> {
     let ipv6 = sysctl::ipv6_enabled(guard);
-    let mut observed = Observed { ipv6, ..Observed::default() };
+    let mut observed = Observed {
+        ipv6,
+        ..Observed::default()
+    };
     for message in netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
         if let RouteNetlinkMessage::NewLink(link) = message {
             observed.links.push(from_link(&link));
@@ -36,8 +40,11 @@ pub fn observe(guard: &Guard<'_>, netlink: &mut Rtnetlink) -> Result<Observed> {
             observed.addresses.extend(from_address(&address));
         }
     }
-    let families: &[AddressFamily] =
-        if sysctl::ipv6_present() { &[AddressFamily::Inet, AddressFamily::Inet6] } else { &[AddressFamily::Inet] };
+    let families: &[AddressFamily] = if sysctl::ipv6_present() {
+        &[AddressFamily::Inet, AddressFamily::Inet6]
+    } else {
+        &[AddressFamily::Inet]
+    };
     for family in families {
         let mut request = RuleMessage::default();
         request.header.family = *family;
@@ -122,7 +129,9 @@ fn from_rule(message: &RuleMessage) -> Option<Rule> {
         ip_proto: None,
         action: Action::Table(u32::from(message.header.table)),
         protocol: 0,
-        foreign: message.header.src_len != 0 || message.header.dst_len != 0 || message.header.tos != 0,
+        foreign: message.header.src_len != 0
+            || message.header.dst_len != 0
+            || message.header.tos != 0,
     };
     let mut mark = None;
     let mut mask = u32::MAX;
@@ -133,7 +142,9 @@ fn from_rule(message: &RuleMessage) -> Option<Rule> {
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Iifname(name) => rule.iif = Some(name.clone()),
-            RuleAttribute::IpProtocol(proto) => rule.ip_proto = Some(i32::from(*proto).try_into().ok()?),
+            RuleAttribute::IpProtocol(proto) => {
+                rule.ip_proto = Some(i32::from(*proto).try_into().ok()?)
+            }
             RuleAttribute::Table(value) => table = *value,
             RuleAttribute::Protocol(value) => rule.protocol = u8::from(*value),
             RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
@@ -168,13 +179,19 @@ fn to_rule(rule: &Rule) -> RuleMessage {
         Action::Unreachable => message.header.action = RuleAction::Unreachable,
     }
     if let Some((value, mask)) = rule.mark {
-        message.attributes.extend([RuleAttribute::FwMark(value), RuleAttribute::FwMask(mask)]);
+        message
+            .attributes
+            .extend([RuleAttribute::FwMark(value), RuleAttribute::FwMask(mask)]);
     }
     if let Some(name) = &rule.iif {
-        message.attributes.push(RuleAttribute::Iifname(name.clone()));
+        message
+            .attributes
+            .push(RuleAttribute::Iifname(name.clone()));
     }
     if let Some(proto) = rule.ip_proto {
-        message.attributes.push(RuleAttribute::IpProtocol(i32::from(proto).into()));
+        message
+            .attributes
+            .push(RuleAttribute::IpProtocol(i32::from(proto).into()));
     }
     message
 }
@@ -212,13 +229,16 @@ fn from_route(message: &RouteMessage) -> Option<Route> {
         match attribute {
             RouteAttribute::Table(table) => route.table = *table,
             RouteAttribute::Destination(to) => route.destination = ip(to),
-            RouteAttribute::Oif(index) if route.kind == RouteKind::Local => route.oif = Some(*index),
+            RouteAttribute::Oif(index) if route.kind == RouteKind::Local => {
+                route.oif = Some(*index)
+            }
             RouteAttribute::Priority(metric) => route.metric = *metric,
             RouteAttribute::PrefSource(source) => route.source = ip(source),
             _ => {}
         }
     }
-    let ours = matches!(route.table, TURN_TABLE | HOLD_TABLE) && u8::from(message.header.protocol) == PROTOCOL;
+    let ours = matches!(route.table, TURN_TABLE | HOLD_TABLE)
+        && u8::from(message.header.protocol) == PROTOCOL;
     ours.then_some(route)
 }
 
@@ -230,17 +250,23 @@ fn to_route(route: &Route) -> RouteMessage {
         RouteKind::Local => (RouteType::Local, RouteScope::Host),
         RouteKind::Blackhole => (RouteType::BlackHole, RouteScope::Universe),
     };
-    message.attributes =
-        vec![RouteAttribute::Table(route.table), RouteAttribute::Priority(route.metric)];
+    message.attributes = vec![
+        RouteAttribute::Table(route.table),
+        RouteAttribute::Priority(route.metric),
+    ];
     if let Some(to) = route.destination {
         message.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
-        message.attributes.push(RouteAttribute::Destination(route_address(to)));
+        message
+            .attributes
+            .push(RouteAttribute::Destination(route_address(to)));
     }
     if let Some(index) = route.oif {
         message.attributes.push(RouteAttribute::Oif(index));
     }
     if let Some(source) = route.source {
-        message.attributes.push(RouteAttribute::PrefSource(route_address(source)));
+        message
+            .attributes
+            .push(RouteAttribute::PrefSource(route_address(source)));
     }
     message
 }

@@ -9,7 +9,8 @@ use std::{
 };
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -39,7 +40,9 @@ pub struct Rtnetlink {
 
 impl std::fmt::Debug for Rtnetlink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Rtnetlink").field("fd", &self.socket.as_fd()).finish()
+        f.debug_struct("Rtnetlink")
+            .field("fd", &self.socket.as_fd())
+            .finish()
     }
 }
 
@@ -52,10 +55,16 @@ impl Rtnetlink {
     pub fn open() -> Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
         socket.bind_auto().map_err(fail("bind"))?;
-        socket.connect(&SocketAddr::new(0, 0)).map_err(fail("connect"))?;
+        socket
+            .connect(&SocketAddr::new(0, 0))
+            .map_err(fail("connect"))?;
         // The kernel answers within the call; an answer we fail to understand must not hang an enrolment.
-        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(5)).map_err(|e| fail("configure")(e.into()))?;
-        Ok(Self { socket, sequence: 0 })
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(5))
+            .map_err(|e| fail("configure")(e.into()))?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
     }
 
     /// Opens one that hears of changes of links and addresses; non-blocking.
@@ -69,7 +78,10 @@ impl Rtnetlink {
             socket.add_membership(group).map_err(fail("subscribe to"))?;
         }
         socket.set_non_blocking(true).map_err(fail("configure"))?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
     }
 
     /// Reads away what a subscription brought; true when there was anything, overflow included.
@@ -92,7 +104,11 @@ impl Rtnetlink {
         self.socket.as_fd()
     }
 
-    fn message(&mut self, payload: RouteNetlinkMessage, flags: u16) -> NetlinkMessage<RouteNetlinkMessage> {
+    fn message(
+        &mut self,
+        payload: RouteNetlinkMessage,
+        flags: u16,
+    ) -> NetlinkMessage<RouteNetlinkMessage> {
         let mut message = NetlinkMessage::from(payload);
         self.sequence += 1;
         message.header.sequence_number = self.sequence;
@@ -116,7 +132,12 @@ impl Rtnetlink {
         }
         Err(Error {
             retryable: true,
-            ..Error::wrong("list", "rtnetlink", "the tables keep changing while they are read", "try again")
+            ..Error::wrong(
+                "list",
+                "rtnetlink",
+                "the tables keep changing while they are read",
+                "try again",
+            )
         })
     }
 
@@ -134,7 +155,9 @@ impl Rtnetlink {
                 match message.payload {
                     NetlinkPayload::Done(_) => return Ok(whole),
                     NetlinkPayload::InnerMessage(inner) => replies.push(inner),
-                    NetlinkPayload::Error(e) if e.code.is_some() => return Err(fail("list")(e.to_io())),
+                    NetlinkPayload::Error(e) if e.code.is_some() => {
+                        return Err(fail("list")(e.to_io()));
+                    }
                     _ => {}
                 }
             }
@@ -185,14 +208,19 @@ impl Rtnetlink {
         while !pending.is_empty() {
             let buffer = self.receive()?;
             for message in messages(&buffer)? {
-                let Some((done, change)) = pending.remove(&message.header.sequence_number) else { continue };
-                let NetlinkPayload::Error(ack) = message.payload else { continue };
+                let Some((done, change)) = pending.remove(&message.header.sequence_number) else {
+                    continue;
+                };
+                let NetlinkPayload::Error(ack) = message.payload else {
+                    continue;
+                };
                 let cause = ack.to_io();
                 let code = cause.raw_os_error().unwrap_or(0);
                 // Routes that are gone answer ESRCH.
                 let fine = ack.code.is_none()
                     || code == done
-                    || matches!(change, Change::Delete(_)) && matches!(code, libc::ESRCH | libc::ENODEV);
+                    || matches!(change, Change::Delete(_))
+                        && matches!(code, libc::ESRCH | libc::ENODEV);
                 if !fine && first.is_none() {
                     first = Some(Error::system("change", describe(change), cause));
                 }
@@ -209,7 +237,9 @@ fn describe(change: &Change) -> String {
         Change::Delete(m) => ("delete", m),
     };
     match message {
-        RouteNetlinkMessage::NewRule(r) | RouteNetlinkMessage::DelRule(r) => format!("rule ({verb} {:?})", r.attributes),
+        RouteNetlinkMessage::NewRule(r) | RouteNetlinkMessage::DelRule(r) => {
+            format!("rule ({verb} {:?})", r.attributes)
+        }
         RouteNetlinkMessage::NewRoute(r) | RouteNetlinkMessage::DelRoute(r) => {
             format!("route ({verb} {:?})", r.attributes)
         }

@@ -3,7 +3,10 @@
 //! Nothing else in the agent calls setns(2). A [`Guard`] enters the calling thread only and puts it back
 //! when dropped; if that fails the thread is of no more use and the process ends rather than work on in a
 //! pod's namespace.
-#![expect(unsafe_code, reason = "getsockopt(SO_NETNS_COOKIE), which nix has no option for")]
+#![expect(
+    unsafe_code,
+    reason = "getsockopt(SO_NETNS_COOKIE), which nix has no option for"
+)]
 
 use std::{
     fmt, fs,
@@ -61,7 +64,8 @@ impl Netns {
                 error
             }
         })?;
-        let kind = statfs::fstatfs(&file).map_err(|e| Error::system(OPERATION, object.to_string(), e.into()))?;
+        let kind = statfs::fstatfs(&file)
+            .map_err(|e| Error::system(OPERATION, object.to_string(), e.into()))?;
         let not_netns = || {
             Error::wrong(
                 OPERATION,
@@ -73,9 +77,16 @@ impl Netns {
         if i64::from(kind.filesystem_type().0) != NSFS_MAGIC {
             return Err(not_netns());
         }
-        let meta = file.metadata().map_err(|e| Error::system(OPERATION, object.to_string(), e))?;
-        let mut netns =
-            Self { file, path: path.to_owned(), cookie: NetnsCookie(0), dev: meta.dev(), inode: meta.ino() };
+        let meta = file
+            .metadata()
+            .map_err(|e| Error::system(OPERATION, object.to_string(), e))?;
+        let mut netns = Self {
+            file,
+            path: path.to_owned(),
+            cookie: NetnsCookie(0),
+            dev: meta.dev(),
+            inode: meta.ino(),
+        };
         netns.cookie = {
             let _inside = netns.enter().map_err(|e| match e.errno() {
                 Some(libc::EINVAL) => not_netns(),
@@ -124,9 +135,15 @@ impl Netns {
     /// Moves the calling thread in, until the guard drops.
     pub fn enter(&self) -> Result<Guard<'_>> {
         const HOME: &str = "/proc/thread-self/ns/net";
-        let home = File::open(HOME).map_err(|e| Error::system("open own network namespace", HOME, e))?;
-        set(self.file.as_fd()).map_err(|e| Error::system("enter network namespace", self.path.display(), e))?;
-        Ok(Guard { home, inside: self, not_send: PhantomData })
+        let home =
+            File::open(HOME).map_err(|e| Error::system("open own network namespace", HOME, e))?;
+        set(self.file.as_fd())
+            .map_err(|e| Error::system("enter network namespace", self.path.display(), e))?;
+        Ok(Guard {
+            home,
+            inside: self,
+            not_send: PhantomData,
+        })
     }
 }
 
@@ -170,7 +187,13 @@ fn current_cookie() -> Result<NetnsCookie> {
     };
     let socket = {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-        socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).map_err(|e| fail(e.into()))?
+        socket(
+            AddressFamily::Inet,
+            SockType::Datagram,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .map_err(|e| fail(e.into()))?
     };
     let mut cookie = 0_u64;
     let mut len: libc::socklen_t = 8;
@@ -184,7 +207,11 @@ fn current_cookie() -> Result<NetnsCookie> {
             &raw mut len,
         )
     };
-    if ret < 0 { Err(fail(io::Error::last_os_error())) } else { Ok(NetnsCookie(cookie)) }
+    if ret < 0 {
+        Err(fail(io::Error::last_os_error()))
+    } else {
+        Ok(NetnsCookie(cookie))
+    }
 }
 
 /// Paths of living namespaces by (device, inode), found where people and runtimes keep them.
@@ -198,7 +225,12 @@ pub fn paths() -> Vec<((u64, u64), PathBuf)> {
         }
     }
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()) {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .bytes()
+            .all(|b| b.is_ascii_digit())
+        {
             let path = entry.path().join("ns/net");
             if let Ok(meta) = fs::metadata(&path) {
                 found.push(((meta.dev(), meta.ino()), path));

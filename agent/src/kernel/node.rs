@@ -104,17 +104,25 @@ fn open_maps(pins: &Pins) -> Result<Maps> {
                 "the pin directory is incomplete: `culvert unload --force` removes it (running pods lose capture)",
             )
         })?;
-        let have = sys::map_info(fd.as_fd()).map_err(|e| Error::system("examine", path.display(), e))?;
-        if (have.map_type, have.key_size, have.value_size) != (want.map_type, want.key_size, want.value_size) {
+        let have =
+            sys::map_info(fd.as_fd()).map_err(|e| Error::system("examine", path.display(), e))?;
+        if (have.map_type, have.key_size, have.value_size)
+            != (want.map_type, want.key_size, want.value_size)
+        {
             return Err(other_abi(pins, "of another layout"));
         }
         fds.push(fd);
     }
-    let fds = fds.try_into().map_err(|_| other_abi(pins, "of another layout"))?;
+    let fds = fds
+        .try_into()
+        .map_err(|_| other_abi(pins, "of another layout"))?;
     let maps = Maps::from_fds(fds);
     match maps.config.get(&0)? {
         Some(config) if config.abi_version == ABI_VERSION => Ok(maps),
-        Some(config) => Err(other_abi(pins, &format!("of ABI version {}", config.abi_version))),
+        Some(config) => Err(other_abi(
+            pins,
+            &format!("of ABI version {}", config.abi_version),
+        )),
         None => Err(other_abi(pins, "without a configuration")),
     }
 }
@@ -137,7 +145,8 @@ fn create_maps(pins: &Pins) -> Result<()> {
         for (name, spec) in object::map_specs()? {
             let fd = object::create_map(name, &spec)?;
             let path = dir.join(name);
-            sys::obj_pin(fd.as_fd(), &path).map_err(|e| Error::system("pin map", path.display(), e))?;
+            sys::obj_pin(fd.as_fd(), &path)
+                .map_err(|e| Error::system("pin map", path.display(), e))?;
             if name == map_names::CONFIG {
                 let config = Config {
                     abi_version: ABI_VERSION,
@@ -165,7 +174,11 @@ impl Node {
         }
         let maps = open_maps(&pins)?;
         let programs = Programs::new(&maps)?;
-        Ok(Some(Self { pins, maps, programs }))
+        Ok(Some(Self {
+            pins,
+            maps,
+            programs,
+        }))
     }
 
     /// Makes sure that maps and programs are there and are this build's.
@@ -186,7 +199,11 @@ impl Node {
         }
         let maps = open_maps(&pins)?;
         let programs = Programs::new(&maps)?;
-        let node = Self { pins, maps, programs };
+        let node = Self {
+            pins,
+            maps,
+            programs,
+        };
         let mut config = node.config()?;
         let current = config.object_id == object::id();
         let mut report = LoadReport {
@@ -197,8 +214,12 @@ impl Node {
             pods_updated: 0,
             programs: Vec::new(),
         };
-        report.programs.push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, &cgroup, current)?);
-        report.programs.push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, &cgroup, current)?);
+        report
+            .programs
+            .push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, &cgroup, current)?);
+        report
+            .programs
+            .push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, &cgroup, current)?);
         report.programs.push(node.check_steer()?);
         for pod in node.pins.pods() {
             report.pods_updated += usize::from(node.refresh_steer(pod)?);
@@ -240,10 +261,19 @@ impl Node {
 
     /// Node-wide settings.
     pub fn config(&self) -> Result<Config> {
-        self.maps.config.get(&0)?.ok_or_else(|| other_abi(&self.pins, "without a configuration"))
+        self.maps
+            .config
+            .get(&0)?
+            .ok_or_else(|| other_abi(&self.pins, "without a configuration"))
     }
 
-    fn attach(&self, name: &'static str, kind: u32, cgroup: &File, current: bool) -> Result<ProgramReport> {
+    fn attach(
+        &self,
+        name: &'static str,
+        kind: u32,
+        cgroup: &File,
+        current: bool,
+    ) -> Result<ProgramReport> {
         let path = self.pins.link(name);
         let existing = sys::obj_get(&path).ok();
         if let Some(link) = &existing
@@ -255,7 +285,11 @@ impl Node {
             return report(name, &prog, ProgramAction::Kept, None);
         }
         let started = Instant::now();
-        let prog = if kind == ATTACH_SOCK_OPS { self.programs.load_connect()? } else { self.programs.load_sockopt()? };
+        let prog = if kind == ATTACH_SOCK_OPS {
+            self.programs.load_connect()?
+        } else {
+            self.programs.load_sockopt()?
+        };
         let took = started.elapsed();
         let mut action = ProgramAction::Loaded;
         let same_place = |link: &OwnedFd| {
@@ -291,12 +325,19 @@ impl Node {
     fn check_steer(&self) -> Result<ProgramReport> {
         let started = Instant::now();
         let prog = self.programs.load_steer(0)?;
-        report(names::STEER, &prog, ProgramAction::Checked, Some(started.elapsed()))
+        report(
+            names::STEER,
+            &prog,
+            ProgramAction::Checked,
+            Some(started.elapsed()),
+        )
     }
 
     /// Puts this build's `culvert_steer` behind a pod's link; false when it is there already or the pod is gone.
     fn refresh_steer(&self, cookie: super::netns::NetnsCookie) -> Result<bool> {
-        let Some(mut record) = self.maps.records.get(&cookie.0)? else { return Ok(false) };
+        let Some(mut record) = self.maps.records.get(&cookie.0)? else {
+            return Ok(false);
+        };
         if record.object_id == object::id() {
             return Ok(false);
         }
@@ -307,8 +348,13 @@ impl Node {
             return Ok(false);
         }
         let prog = self.programs.load_steer(cookie.0)?;
-        sys::link_update(link.as_fd(), prog.as_fd())
-            .map_err(|e| Error::system("replace program", format_args!("culvert_steer of pod {cookie}"), e))?;
+        sys::link_update(link.as_fd(), prog.as_fd()).map_err(|e| {
+            Error::system(
+                "replace program",
+                format_args!("culvert_steer of pod {cookie}"),
+                e,
+            )
+        })?;
         record.object_id = object::id();
         self.maps.records.set(&cookie.0, &record)?;
         Ok(true)
@@ -344,7 +390,9 @@ pub fn unload(bpffs: &Path, force: bool) -> Result<bool> {
 fn cgroup_id(dir: &File) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     // On 64-bit kernels a cgroup's id is its inode.
-    dir.metadata().map(|m| m.ino()).map_err(|e| Error::system("examine", "the cgroup", e))
+    dir.metadata()
+        .map(|m| m.ino())
+        .map_err(|e| Error::system("examine", "the cgroup", e))
 }
 
 fn report(
@@ -353,7 +401,8 @@ fn report(
     action: ProgramAction,
     took: Option<std::time::Duration>,
 ) -> Result<ProgramReport> {
-    let info = sys::prog_info(prog.as_fd()).map_err(|e| Error::system("examine program", name, e))?;
+    let info =
+        sys::prog_info(prog.as_fd()).map_err(|e| Error::system("examine program", name, e))?;
     Ok(ProgramReport {
         name,
         kind: match name {

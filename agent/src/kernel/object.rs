@@ -102,7 +102,12 @@ impl Hasher for Fnv {
 }
 
 fn broken(what: impl Into<String>) -> Error {
-    Error::wrong("read", "the embedded eBPF object", what, "rebuild with `cargo xtask build`")
+    Error::wrong(
+        "read",
+        "the embedded eBPF object",
+        what,
+        "rebuild with `cargo xtask build`",
+    )
 }
 
 fn parse() -> Result<Object> {
@@ -115,7 +120,10 @@ pub fn map_specs() -> Result<Vec<(&'static str, MapSpec)>> {
     map_names::ALL
         .into_iter()
         .map(|name| {
-            let map = object.maps.get(name).ok_or_else(|| broken(format!("map {name} is missing")))?;
+            let map = object
+                .maps
+                .get(name)
+                .ok_or_else(|| broken(format!("map {name} is missing")))?;
             let mut spec = MapSpec {
                 map_type: map.map_type(),
                 key_size: map.key_size(),
@@ -168,25 +176,50 @@ impl Programs {
     /// Parses the object and binds its programs to `maps`.
     pub fn new(maps: &Maps) -> Result<Self> {
         let mut object = parse()?;
-        let fds: HashMap<&str, i32> = maps.fds().into_iter().map(|(name, fd)| (name, fd.as_raw_fd())).collect();
+        let fds: HashMap<&str, i32> = maps
+            .fds()
+            .into_iter()
+            .map(|(name, fd)| (name, fd.as_raw_fd()))
+            .collect();
         let owned: Vec<_> = object
             .maps
             .iter()
-            .filter_map(|(name, map)| fds.get(name.as_str()).map(|fd| (name.clone(), *fd, map.clone())))
+            .filter_map(|(name, map)| {
+                fds.get(name.as_str())
+                    .map(|fd| (name.clone(), *fd, map.clone()))
+            })
             .collect();
-        let text: std::collections::HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+        let text: std::collections::HashSet<usize> = object
+            .functions
+            .keys()
+            .map(|(section, _)| *section)
+            .collect();
         let text = text.into_iter().collect();
         object
-            .relocate_maps(owned.iter().map(|(name, fd, map)| (name.as_str(), *fd, map)), &text)
+            .relocate_maps(
+                owned
+                    .iter()
+                    .map(|(name, fd, map)| (name.as_str(), *fd, map)),
+                &text,
+            )
             .map_err(|e| broken(e.to_string()))?;
-        object.relocate_calls(&text).map_err(|e| broken(e.to_string()))?;
+        object
+            .relocate_calls(&text)
+            .map_err(|e| broken(e.to_string()))?;
         let template = |name: &'static str, kind| {
-            let program = object.programs.get(name).ok_or_else(|| broken(format!("program {name} is missing")))?;
+            let program = object
+                .programs
+                .get(name)
+                .ok_or_else(|| broken(format!("program {name} is missing")))?;
             let function = object
                 .functions
                 .get(&program.function_key())
                 .ok_or_else(|| broken(format!("program {name} has no code")))?;
-            Ok(Template { name, kind, insns: function.instructions.clone() })
+            Ok(Template {
+                name,
+                kind,
+                insns: function.instructions.clone(),
+            })
         };
         let steer = template(programs::STEER, Kind::SkLookup)?;
         let cookie_at = placeholders(&steer.insns);
@@ -226,7 +259,10 @@ impl Programs {
 /// The two 32-bit immediates of a 64-bit load.
 fn halves(value: u64) -> (i32, i32) {
     let b = value.to_le_bytes();
-    (i32::from_le_bytes([b[0], b[1], b[2], b[3]]), i32::from_le_bytes([b[4], b[5], b[6], b[7]]))
+    (
+        i32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        i32::from_le_bytes([b[4], b[5], b[6], b[7]]),
+    )
 }
 
 fn placeholders(insns: &[bpf_insn]) -> Vec<usize> {
@@ -277,11 +313,29 @@ mod tests {
     #[test]
     fn the_object_has_every_map_in_the_size_of_its_type() {
         let specs: HashMap<_, _> = map_specs().unwrap().into_iter().collect();
-        assert_eq!(specs[map_names::PODS].value_size as usize, size_of::<abi::Pod>());
-        assert_eq!(specs[map_names::CONFIG].value_size as usize, size_of::<abi::Config>());
-        assert_eq!(specs[map_names::ROLES].key_size as usize, size_of::<abi::RoleKey>());
-        assert_eq!(specs[map_names::EXCLUDED_CIDRS].key_size as usize, 4 + size_of::<abi::CidrKey>());
-        assert_eq!(specs[map_names::COUNTERS].value_size as usize, size_of::<abi::Counters>());
-        assert_eq!(specs[map_names::RECORDS].value_size as usize, size_of::<abi::Record>());
+        assert_eq!(
+            specs[map_names::PODS].value_size as usize,
+            size_of::<abi::Pod>()
+        );
+        assert_eq!(
+            specs[map_names::CONFIG].value_size as usize,
+            size_of::<abi::Config>()
+        );
+        assert_eq!(
+            specs[map_names::ROLES].key_size as usize,
+            size_of::<abi::RoleKey>()
+        );
+        assert_eq!(
+            specs[map_names::EXCLUDED_CIDRS].key_size as usize,
+            4 + size_of::<abi::CidrKey>()
+        );
+        assert_eq!(
+            specs[map_names::COUNTERS].value_size as usize,
+            size_of::<abi::Counters>()
+        );
+        assert_eq!(
+            specs[map_names::RECORDS].value_size as usize,
+            size_of::<abi::Record>()
+        );
     }
 }

@@ -37,7 +37,9 @@ impl Pins {
     /// Names a directory; looks at nothing.
     #[must_use]
     pub fn at(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self {
+            root: root.to_owned(),
+        }
     }
 
     /// The directory.
@@ -72,16 +74,24 @@ impl Pins {
 
     /// A pod whose link is pinned, by cookie.
     pub fn pods(&self) -> Vec<NetnsCookie> {
-        let entries = fs::read_dir(self.root.join("pods")).into_iter().flatten().flatten();
-        let mut pods: Vec<_> =
-            entries.filter_map(|e| e.file_name().to_str()?.parse().ok().map(NetnsCookie)).collect();
+        let entries = fs::read_dir(self.root.join("pods"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut pods: Vec<_> = entries
+            .filter_map(|e| e.file_name().to_str()?.parse().ok().map(NetnsCookie))
+            .collect();
         pods.sort_unstable();
         pods
     }
 
     /// The nearest existing directory at or above the root is a bpffs?
     pub fn check_bpffs(&self) -> Result<()> {
-        let existing = self.root.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+        let existing = self
+            .root
+            .ancestors()
+            .find(|p| p.exists())
+            .unwrap_or(Path::new("/"));
         let kind = statfs::statfs(existing)
             .map_err(|e| Error::system("examine", existing.display(), io::Error::from(e)))?;
         if i64::from(kind.filesystem_type().0) & 0xffff_ffff == BPF_FS_MAGIC {
@@ -99,15 +109,21 @@ impl Pins {
     /// Makes the directory and takes the lock, waiting for whoever has it.
     pub fn lock(&self) -> Result<Lock> {
         self.check_bpffs()?;
-        for dir in [self.root.clone(), self.root.join("pods"), self.root.join("links")] {
-            fs::create_dir_all(&dir).map_err(|e| Error::system("make directory", dir.display(), e))?;
+        for dir in [
+            self.root.clone(),
+            self.root.join("pods"),
+            self.root.join("links"),
+        ] {
+            fs::create_dir_all(&dir)
+                .map_err(|e| Error::system("make directory", dir.display(), e))?;
         }
         self.lock_existing()
     }
 
     /// Takes the lock of a directory that must be there.
     pub fn lock_existing(&self) -> Result<Lock> {
-        let dir = File::open(&self.root).map_err(|e| Error::system("open", self.root.display(), e))?;
+        let dir =
+            File::open(&self.root).map_err(|e| Error::system("open", self.root.display(), e))?;
         Flock::lock(dir, FlockArg::LockExclusive)
             .map(Lock)
             .map_err(|(_, e)| Error::system("lock", self.root.display(), e.into()))
@@ -144,7 +160,9 @@ pub fn remove(path: &Path) -> Result<()> {
         Err(e) => Err(e),
     };
     match result {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::system("remove", path.display(), e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(Error::system("remove", path.display(), e))
+        }
         _ => Ok(()),
     }
 }

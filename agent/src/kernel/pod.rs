@@ -13,8 +13,8 @@ use std::{
 
 use culvert_ebpf::{
     abi::{
-        CidrKey, INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, MAX_VIRTUAL, Pod, PodAddr, PortKey, Record, Role,
-        RoleKey, mark, pod_flags, role,
+        CidrKey, INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, MAX_VIRTUAL, Pod, PodAddr, PortKey,
+        Record, Role, RoleKey, mark, pod_flags, role,
     },
     addr::Addr,
 };
@@ -119,14 +119,20 @@ pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
         }
     }
     result?;
-    Ok(if fresh { Attached::Enrolled } else { Attached::Updated })
+    Ok(if fresh {
+        Attached::Enrolled
+    } else {
+        Attached::Updated
+    })
 }
 
 fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()> {
     let cookie = netns.cookie();
     let guard = netns.enter()?;
     if !known {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         node.maps().records.set(
             &cookie.0,
             &Record {
@@ -144,7 +150,11 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
     ensure_role(node, cookie)?;
     let mut netlink = Rtnetlink::open()?;
     let observed = netconf::observe(&guard, &mut netlink)?;
-    netconf::apply(&guard, &mut netlink, &plan::enrol(&observed, &policy.virtual_interfaces))?;
+    netconf::apply(
+        &guard,
+        &mut netlink,
+        &plan::enrol(&observed, &policy.virtual_interfaces),
+    )?;
     sysctl::set_all(&guard)?;
     drop(guard);
     set_addresses(node, cookie, &observed.own(), known)?;
@@ -161,14 +171,20 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
 pub fn sync(node: &Node, netns: &Netns) -> Result<bool> {
     let cookie = netns.cookie();
     let _lock = node.lock()?;
-    let Some(mut pod) = node.maps().pods.get(&cookie.0)? else { return Ok(false) };
+    let Some(mut pod) = node.maps().pods.get(&cookie.0)? else {
+        return Ok(false);
+    };
     let guard = netns.enter()?;
     let mut netlink = Rtnetlink::open()?;
     let observed = netconf::observe(&guard, &mut netlink)?;
     let virtual_interfaces = virtual_names(&observed);
     // New addresses count as own before anything else: until then connections to them are refused.
     set_addresses(node, cookie, &observed.own(), true)?;
-    netconf::apply(&guard, &mut netlink, &plan::enrol(&observed, &virtual_interfaces))?;
+    netconf::apply(
+        &guard,
+        &mut netlink,
+        &plan::enrol(&observed, &virtual_interfaces),
+    )?;
     sysctl::set_all(&guard)?;
     drop(guard);
     let before = pod;
@@ -181,8 +197,12 @@ pub fn sync(node: &Node, netns: &Netns) -> Result<bool> {
 
 /// The virtual interfaces an enrolled pod was given: our rules remember their names.
 fn virtual_names(observed: &Observed) -> Vec<String> {
-    let mut names: Vec<String> =
-        observed.rules.iter().filter(|r| r.protocol == plan::PROTOCOL).filter_map(|r| r.iif.clone()).collect();
+    let mut names: Vec<String> = observed
+        .rules
+        .iter()
+        .filter(|r| r.protocol == plan::PROTOCOL)
+        .filter_map(|r| r.iif.clone())
+        .collect();
     names.sort_unstable();
     names.dedup();
     names
@@ -194,16 +214,29 @@ fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
         (policy.dns, pod_flags::DNS),
         (policy.bypass_inbound, pod_flags::BYPASS_INBOUND),
         (!policy.exclude_outbound_cidrs.is_empty(), pod_flags::CIDRS),
-        (!policy.exclude_outbound_ports.is_empty(), pod_flags::OUT_PORTS),
-        (!policy.exclude_inbound_ports.is_empty(), pod_flags::IN_PORTS),
+        (
+            !policy.exclude_outbound_ports.is_empty(),
+            pod_flags::OUT_PORTS,
+        ),
+        (
+            !policy.exclude_inbound_ports.is_empty(),
+            pod_flags::IN_PORTS,
+        ),
         (policy.named_ztunnel, pod_flags::NAMED_ZTUNNEL),
     ] {
         if on {
             flags |= flag;
         }
     }
-    let hold = policy.hold.map_or(u64::MAX, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX));
-    let mut pod = Pod { flags, single_ifindex: 0, hold, virtual_ifindexes: [0; MAX_VIRTUAL] };
+    let hold = policy.hold.map_or(u64::MAX, |d| {
+        u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+    });
+    let mut pod = Pod {
+        flags,
+        single_ifindex: 0,
+        hold,
+        virtual_ifindexes: [0; MAX_VIRTUAL],
+    };
     set_interfaces(&mut pod, observed, &policy.virtual_interfaces);
     pod
 }
@@ -215,7 +248,11 @@ fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfaces: &[Stri
     if pod.single_ifindex == 0 {
         pod.flags |= pod_flags::MULTI_INTERFACE;
     }
-    let indexes = observed.links.iter().filter(|l| virtual_interfaces.contains(&l.name)).map(|l| l.index);
+    let indexes = observed
+        .links
+        .iter()
+        .filter(|l| virtual_interfaces.contains(&l.name))
+        .map(|l| l.index);
     for (slot, index) in pod.virtual_ifindexes.iter_mut().zip(indexes) {
         *slot = index;
         pod.flags |= pod_flags::VIRTUAL;
@@ -239,10 +276,18 @@ fn ensure_link(node: &Node, netns: &Netns) -> Result<()> {
 }
 
 fn ensure_role(node: &Node, cookie: NetnsCookie) -> Result<()> {
-    let key = RoleKey { cookie: cookie.0, role: role::OUTBOUND, pad: 0 };
+    let key = RoleKey {
+        cookie: cookie.0,
+        role: role::OUTBOUND,
+        pad: 0,
+    };
     if node.maps().roles.get(&key)?.is_none() {
         // The grace runs from now: no ztunnel has been here yet.
-        let role = Role { order: INITIAL_ORDER, live: 0, away_since: super::events::now() };
+        let role = Role {
+            order: INITIAL_ORDER,
+            live: 0,
+            away_since: super::events::now(),
+        };
         node.maps().roles.set(&key, &role)?;
     }
     Ok(())
@@ -254,10 +299,22 @@ fn set_addresses(node: &Node, cookie: NetnsCookie, own: &[IpAddr], known: bool) 
     let wanted: Vec<Addr> = own.iter().map(|a| Addr::from(*a)).collect();
     let mut present = Vec::new();
     if known {
-        present.extend(maps.pod_addrs.keys()?.into_iter().filter(|k| k.cookie == cookie.0).map(|k| k.addr));
+        present.extend(
+            maps.pod_addrs
+                .keys()?
+                .into_iter()
+                .filter(|k| k.cookie == cookie.0)
+                .map(|k| k.addr),
+        );
     }
     for addr in wanted.iter().filter(|a| !present.contains(a)) {
-        maps.pod_addrs.set(&PodAddr { cookie: cookie.0, addr: *addr }, &1)?;
+        maps.pod_addrs.set(
+            &PodAddr {
+                cookie: cookie.0,
+                addr: *addr,
+            },
+            &1,
+        )?;
     }
     for addr in own.iter().filter(|a| !is_link_local(**a)) {
         let addr = Addr::from(*addr);
@@ -278,7 +335,10 @@ fn is_link_local(addr: IpAddr) -> bool {
 
 fn forget_address(node: &Node, cookie: NetnsCookie, addr: Addr) -> Result<()> {
     let maps = node.maps();
-    maps.pod_addrs.remove(&PodAddr { cookie: cookie.0, addr })?;
+    maps.pod_addrs.remove(&PodAddr {
+        cookie: cookie.0,
+        addr,
+    })?;
     if maps.pod_by_addr.get(&addr)? == Some(cookie.0) {
         // Two namespaces may have the same address; the other one's probes stay possible.
         match maps.pod_addrs.keys()?.into_iter().find(|k| k.addr == addr) {
@@ -293,16 +353,30 @@ fn lpm(cookie: NetnsCookie, net: &IpNet) -> LpmCidr {
     let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
     LpmCidr {
         prefix_len: 64 + mapped + u32::from(net.prefix_len()),
-        data: CidrKey { cookie: cookie.0, addr: Addr::from(net.network()) },
+        data: CidrKey {
+            cookie: cookie.0,
+            addr: Addr::from(net.network()),
+        },
     }
 }
 
 fn set_exclusions(node: &Node, cookie: NetnsCookie, policy: &Policy, known: bool) -> Result<()> {
     let maps = node.maps();
-    let port = |port: &u16, inbound| PortKey { cookie: cookie.0, port: *port, inbound, pad: [0; 5] };
+    let port = |port: &u16, inbound| PortKey {
+        cookie: cookie.0,
+        port: *port,
+        inbound,
+        pad: [0; 5],
+    };
     let out = policy.exclude_outbound_ports.iter().map(|p| port(p, 0));
-    let ports: Vec<PortKey> = out.chain(policy.exclude_inbound_ports.iter().map(|p| port(p, 1))).collect();
-    let cidrs: Vec<LpmCidr> = policy.exclude_outbound_cidrs.iter().map(|net| lpm(cookie, net)).collect();
+    let ports: Vec<PortKey> = out
+        .chain(policy.exclude_inbound_ports.iter().map(|p| port(p, 1)))
+        .collect();
+    let cidrs: Vec<LpmCidr> = policy
+        .exclude_outbound_cidrs
+        .iter()
+        .map(|net| lpm(cookie, net))
+        .collect();
     for key in &ports {
         maps.excluded_ports.set(key, &1)?;
     }
@@ -310,10 +384,17 @@ fn set_exclusions(node: &Node, cookie: NetnsCookie, policy: &Policy, known: bool
         maps.excluded_cidrs.set(key, &1)?;
     }
     if known {
-        for key in maps.excluded_ports.keys()?.iter().filter(|k| k.cookie == cookie.0 && !ports.contains(k)) {
+        for key in maps
+            .excluded_ports
+            .keys()?
+            .iter()
+            .filter(|k| k.cookie == cookie.0 && !ports.contains(k))
+        {
             maps.excluded_ports.remove(key)?;
         }
-        let same = |a: &LpmCidr, b: &LpmCidr| ({ a.prefix_len } == { b.prefix_len }) && { a.data } == { b.data };
+        let same = |a: &LpmCidr, b: &LpmCidr| {
+            ({ a.prefix_len } == { b.prefix_len }) && { a.data } == { b.data }
+        };
         for key in maps.excluded_cidrs.keys()? {
             if { key.data }.cookie == cookie.0 && !cidrs.iter().any(|c| same(c, &key)) {
                 maps.excluded_cidrs.remove(&key)?;
@@ -341,7 +422,11 @@ fn let_go(node: &Node, netns: &Netns) -> Result<Detached> {
     let had_rules = undo_namespace(&guard, record.as_ref())?;
     drop(guard);
     forget_pod(node, cookie)?;
-    Ok(if record.is_some() || had_rules { Detached::Gone } else { Detached::NotEnrolled })
+    Ok(if record.is_some() || had_rules {
+        Detached::Gone
+    } else {
+        Detached::NotEnrolled
+    })
 }
 
 /// Takes rules, routes and sysctls back; true when there were any.
@@ -360,19 +445,42 @@ fn undo_namespace(guard: &Guard<'_>, record: Option<&Record>) -> Result<bool> {
 fn forget_maps(node: &Node, cookie: NetnsCookie) -> Result<()> {
     let maps = node.maps();
     maps.pods.remove(&cookie.0)?;
-    for key in maps.pod_addrs.keys()?.into_iter().filter(|k| k.cookie == cookie.0) {
+    for key in maps
+        .pod_addrs
+        .keys()?
+        .into_iter()
+        .filter(|k| k.cookie == cookie.0)
+    {
         forget_address(node, cookie, key.addr)?;
     }
-    for key in maps.excluded_ports.keys()?.into_iter().filter(|k| k.cookie == cookie.0) {
+    for key in maps
+        .excluded_ports
+        .keys()?
+        .into_iter()
+        .filter(|k| k.cookie == cookie.0)
+    {
         maps.excluded_ports.remove(&key)?;
     }
-    for key in maps.excluded_cidrs.keys()?.into_iter().filter(|k| { k.data }.cookie == cookie.0) {
+    for key in maps
+        .excluded_cidrs
+        .keys()?
+        .into_iter()
+        .filter(|k| { k.data }.cookie == cookie.0)
+    {
         maps.excluded_cidrs.remove(&key)?;
     }
     for role in 0..role::COUNT {
-        maps.roles.remove(&RoleKey { cookie: cookie.0, role, pad: 0 })?;
+        maps.roles.remove(&RoleKey {
+            cookie: cookie.0,
+            role,
+            pad: 0,
+        })?;
         for slot in 0..LISTENER_SLOTS {
-            maps.listeners.remove(&ListenerKey { cookie: cookie.0, role, slot })?;
+            maps.listeners.remove(&ListenerKey {
+                cookie: cookie.0,
+                role,
+                slot,
+            })?;
         }
     }
     Ok(())
@@ -405,7 +513,14 @@ pub fn collect(node: &Node) -> Result<usize> {
             draining.push(*cookie);
         }
     }
-    for cookie in node.maps().records.keys()?.into_iter().map(NetnsCookie).filter(|c| !pinned.contains(c)) {
+    for cookie in node
+        .maps()
+        .records
+        .keys()?
+        .into_iter()
+        .map(NetnsCookie)
+        .filter(|c| !pinned.contains(c))
+    {
         forget_maps(node, cookie)?;
         forget_pod(node, cookie)?;
         done += 1;
@@ -415,9 +530,16 @@ pub fn collect(node: &Node) -> Result<usize> {
     }
     let paths = super::netns::paths();
     for cookie in draining {
-        let Some(record) = node.maps().records.get(&cookie.0)? else { continue };
-        let at = paths.iter().find(|(id, _)| *id == (record.netns_dev, record.netns_inode));
-        let Some(netns) = at.and_then(|(_, path)| Netns::open(path).ok()).filter(|n| n.cookie() == cookie) else {
+        let Some(record) = node.maps().records.get(&cookie.0)? else {
+            continue;
+        };
+        let at = paths
+            .iter()
+            .find(|(id, _)| *id == (record.netns_dev, record.netns_inode));
+        let Some(netns) = at
+            .and_then(|(_, path)| Netns::open(path).ok())
+            .filter(|n| n.cookie() == cookie)
+        else {
             continue;
         };
         if let_go(node, &netns)? == Detached::Gone {

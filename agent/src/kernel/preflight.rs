@@ -26,7 +26,12 @@ pub struct Check {
 fn check(name: &'static str, result: Result<String, String>, cure: impl Into<String>) -> Check {
     let ok = result.is_ok();
     let (Ok(detail) | Err(detail)) = result;
-    Check { name, ok, detail, cure: if ok { String::new() } else { cure.into() } }
+    Check {
+        name,
+        ok,
+        detail,
+        cure: if ok { String::new() } else { cure.into() },
+    }
 }
 
 /// Looks at everything; changes nothing.
@@ -35,7 +40,10 @@ pub fn run(bpffs: &Path, cgroup_root: Option<&Path>) -> Vec<Check> {
     let mut checks = capabilities();
     checks.push(check(
         "bpffs",
-        Pins::at(bpffs).check_bpffs().map(|()| bpffs.display().to_string()).map_err(|e| e.to_string()),
+        Pins::at(bpffs)
+            .check_bpffs()
+            .map(|()| bpffs.display().to_string())
+            .map_err(|e| e.to_string()),
         "mount -t bpf bpf /sys/fs/bpf",
     ));
     let found = match cgroup_root {
@@ -45,7 +53,9 @@ pub fn run(bpffs: &Path, cgroup_root: Option<&Path>) -> Vec<Check> {
     let opened = found.and_then(|path| cgroup::open(&path, cgroup_root.is_some()).map(|_| path));
     checks.push(check(
         "cgroup v2",
-        opened.map(|p| p.display().to_string()).map_err(|e| e.to_string()),
+        opened
+            .map(|p| p.display().to_string())
+            .map_err(|e| e.to_string()),
         "mount -t cgroup2 none /sys/fs/cgroup/unified, or --cgroup-root",
     ));
     checks.extend(features());
@@ -58,14 +68,24 @@ pub fn run(bpffs: &Path, cgroup_root: Option<&Path>) -> Vec<Check> {
 }
 
 fn readable(path: &str) -> Result<String, String> {
-    fs::read_to_string(path).map(|_| "present".to_owned()).map_err(|e| format!("{path}: {e}"))
+    fs::read_to_string(path)
+        .map(|_| "present".to_owned())
+        .map_err(|e| format!("{path}: {e}"))
 }
 
 fn capabilities() -> Vec<Check> {
     const WANTED: [(&str, u32, &str); 4] = [
-        ("CAP_NET_ADMIN", 12, "rules, routes, attaching programs to namespaces and cgroups"),
+        (
+            "CAP_NET_ADMIN",
+            12,
+            "rules, routes, attaching programs to namespaces and cgroups",
+        ),
         ("CAP_SYS_ADMIN", 21, "entering a pod's network namespace"),
-        ("CAP_PERFMON", 38, "loading programs that keep pointers in maps"),
+        (
+            "CAP_PERFMON",
+            38,
+            "loading programs that keep pointers in maps",
+        ),
         ("CAP_BPF", 39, "loading programs and creating maps"),
     ];
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
@@ -80,7 +100,11 @@ fn capabilities() -> Vec<Check> {
             let has = effective >> bit & 1 == 1;
             check(
                 name,
-                if has { Ok(why.to_owned()) } else { Err(format!("missing; needed for {why}")) },
+                if has {
+                    Ok(why.to_owned())
+                } else {
+                    Err(format!("missing; needed for {why}"))
+                },
                 format!("run as root, or add {name}"),
             )
         })
@@ -88,7 +112,13 @@ fn capabilities() -> Vec<Check> {
 }
 
 const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> bpf_insn {
-    bpf_insn { code, _bitfield_align_1: [], _bitfield_1: aya_obj::generated::__BindgenBitfieldUnit::new([src << 4 | dst]), off, imm }
+    bpf_insn {
+        code,
+        _bitfield_align_1: [],
+        _bitfield_1: aya_obj::generated::__BindgenBitfieldUnit::new([src << 4 | dst]),
+        off,
+        imm,
+    }
 }
 
 const CALL: u8 = 0x85;
@@ -98,7 +128,11 @@ const LOAD_W: u8 = 0x61;
 
 /// `helper(ctx); return 1`.
 const fn calls(helper: i32) -> [bpf_insn; 3] {
-    [insn(CALL, 0, 0, 0, helper), insn(MOV_IMM, 0, 0, 0, 1), insn(EXIT, 0, 0, 0, 0)]
+    [
+        insn(CALL, 0, 0, 0, helper),
+        insn(MOV_IMM, 0, 0, 0, 1),
+        insn(EXIT, 0, 0, 0, 0),
+    ]
 }
 
 fn features() -> Vec<Check> {
@@ -106,14 +140,41 @@ fn features() -> Vec<Check> {
     const GET_CURRENT_PID_TGID: i32 = 14;
     /// Offset of `ingress_ifindex` in `struct bpf_sk_lookup`.
     const INGRESS_IFINDEX: i16 = 64;
-    let reads_ifindex =
-        [insn(LOAD_W, 2, 1, INGRESS_IFINDEX, 0), insn(MOV_IMM, 0, 0, 0, 1), insn(EXIT, 0, 0, 0, 0)];
-    let newer = |since| format!("a newer kernel (mainline has it since {since}; Culvert is tested on 6.1 and later)");
+    let reads_ifindex = [
+        insn(LOAD_W, 2, 1, INGRESS_IFINDEX, 0),
+        insn(MOV_IMM, 0, 0, 0, 1),
+        insn(EXIT, 0, 0, 0, 0),
+    ];
+    let newer = |since| {
+        format!(
+            "a newer kernel (mainline has it since {since}; Culvert is tested on 6.1 and later)"
+        )
+    };
     vec![
-        probe("netns cookie in sock_ops", object::Kind::SockOps, &calls(GET_NETNS_COOKIE), newer("5.15")),
-        probe("netns cookie in setsockopt hooks", object::Kind::Sockopt, &calls(GET_NETNS_COOKIE), newer("5.14")),
-        probe("process id in setsockopt hooks", object::Kind::Sockopt, &calls(GET_CURRENT_PID_TGID), newer("6.1")),
-        probe("ingress_ifindex in sk_lookup", object::Kind::SkLookup, &reads_ifindex, newer("5.17")),
+        probe(
+            "netns cookie in sock_ops",
+            object::Kind::SockOps,
+            &calls(GET_NETNS_COOKIE),
+            newer("5.15"),
+        ),
+        probe(
+            "netns cookie in setsockopt hooks",
+            object::Kind::Sockopt,
+            &calls(GET_NETNS_COOKIE),
+            newer("5.14"),
+        ),
+        probe(
+            "process id in setsockopt hooks",
+            object::Kind::Sockopt,
+            &calls(GET_CURRENT_PID_TGID),
+            newer("6.1"),
+        ),
+        probe(
+            "ingress_ifindex in sk_lookup",
+            object::Kind::SkLookup,
+            &reads_ifindex,
+            newer("5.17"),
+        ),
     ]
 }
 
@@ -121,8 +182,15 @@ fn probe(name: &'static str, kind: object::Kind, insns: &[bpf_insn], cure: Strin
     let (prog_type, attach_type) = kind.numbers();
     match sys::prog_load("culvert_probe", prog_type, attach_type, insns, None) {
         Ok(_) => check(name, Ok("supported".to_owned()), ""),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && e.raw_os_error() == Some(libc::EPERM) => {
-            check(name, Err("cannot be tried without CAP_BPF and CAP_NET_ADMIN".to_owned()), "run as root")
+        Err(e)
+            if e.kind() == io::ErrorKind::PermissionDenied
+                && e.raw_os_error() == Some(libc::EPERM) =>
+        {
+            check(
+                name,
+                Err("cannot be tried without CAP_BPF and CAP_NET_ADMIN".to_owned()),
+                "run as root",
+            )
         }
         Err(e) => check(name, Err(format!("this kernel refuses it: {e}")), cure),
     }

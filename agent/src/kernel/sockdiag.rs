@@ -82,7 +82,9 @@ fn dump(family: u8, states: u32) -> Result<Vec<TcpSocket>> {
                     let code = i32::from_ne_bytes([rest[16], rest[17], rest[18], rest[19]]);
                     return Err(fail(io::Error::from_raw_os_error(-code)));
                 }
-                SOCK_DIAG_BY_FAMILY if length >= 16 + MESSAGE => sockets.push(parse(&rest[16..length])),
+                SOCK_DIAG_BY_FAMILY if length >= 16 + MESSAGE => {
+                    sockets.push(parse(&rest[16..length]))
+                }
                 _ => {}
             }
             rest = &rest[length.next_multiple_of(4).min(rest.len())..];
@@ -150,5 +152,8 @@ pub fn listeners(_guard: &Guard<'_>) -> Result<Vec<TcpSocket>> {
 pub fn marked(_guard: &Guard<'_>, value: u32, mask: u32) -> Result<usize> {
     const ALL: u32 = 0xfff;
     let sockets = both(ALL & !(1 << LISTEN) & !(1 << TIME_WAIT))?;
-    Ok(sockets.into_iter().filter(|s| s.mark & mask == value).count())
+    Ok(sockets
+        .into_iter()
+        .filter(|s| s.mark & mask == value)
+        .count())
 }

@@ -113,7 +113,11 @@ fn object_name(name: &str) -> [u8; 16] {
 }
 
 /// Creates a map. `btf` names key and value types where the kind demands it (socket storage).
-pub fn map_create(name: &str, spec: &MapSpec, btf: Option<(BorrowedFd<'_>, u32, u32)>) -> io::Result<OwnedFd> {
+pub fn map_create(
+    name: &str,
+    spec: &MapSpec,
+    btf: Option<(BorrowedFd<'_>, u32, u32)>,
+) -> io::Result<OwnedFd> {
     let mut attr = Attr::new()
         .u32(0, spec.map_type)
         .u32(4, spec.key_size)
@@ -130,7 +134,10 @@ pub fn map_create(name: &str, spec: &MapSpec, btf: Option<(BorrowedFd<'_>, u32, 
 /// Loads type information.
 pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
     let size = u32::try_from(btf.len()).map_err(io::Error::other)?;
-    Attr::new().slice(0, btf).u32(16, size).call_fd(BTF_LOAD, 28)
+    Attr::new()
+        .slice(0, btf)
+        .u32(16, size)
+        .call_fd(BTF_LOAD, 28)
 }
 
 fn element(map: BorrowedFd<'_>, key: &[u8]) -> Attr {
@@ -144,7 +151,11 @@ pub fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Resu
 
 /// Writes an element.
 pub fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
-    element(map, key).slice(16, value).u64(24, flags).call(MAP_UPDATE, 32).map(drop)
+    element(map, key)
+        .slice(16, value)
+        .u64(24, flags)
+        .call(MAP_UPDATE, 32)
+        .map(drop)
 }
 
 /// Deletes an element; false when there was none.
@@ -155,7 +166,11 @@ pub fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
 /// The key after `key` (the first without one); false at the end.
 pub fn map_next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<bool> {
     let attr = Attr::new().fd(0, map).slice_mut(16, next);
-    let mut attr = if let Some(key) = key { attr.slice(8, key) } else { attr };
+    let mut attr = if let Some(key) = key {
+        attr.slice(8, key)
+    } else {
+        attr
+    };
     absent(attr.call(MAP_NEXT_KEY, 32))
 }
 
@@ -198,29 +213,51 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// Pins a map, program or link.
 pub fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
-    Attr::new().u64(0, path.as_ptr() as u64).fd(8, object).call(OBJ_PIN, 16).map(drop)
+    Attr::new()
+        .u64(0, path.as_ptr() as u64)
+        .fd(8, object)
+        .call(OBJ_PIN, 16)
+        .map(drop)
 }
 
 /// Opens what is pinned.
 pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
-    Attr::new().u64(0, path.as_ptr() as u64).call_fd(OBJ_GET, 16)
+    Attr::new()
+        .u64(0, path.as_ptr() as u64)
+        .call_fd(OBJ_GET, 16)
 }
 
 /// Attaches a program to a cgroup or network namespace.
-pub fn link_create(prog: BorrowedFd<'_>, target: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    Attr::new().fd(0, prog).fd(4, target).u32(8, attach_type).call_fd(LINK_CREATE, 16)
+pub fn link_create(
+    prog: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    Attr::new()
+        .fd(0, prog)
+        .fd(4, target)
+        .u32(8, attach_type)
+        .call_fd(LINK_CREATE, 16)
 }
 
 /// Puts another program behind a link, without a moment in which neither runs.
 pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
-    Attr::new().fd(0, link).fd(4, prog).call(LINK_UPDATE, 16).map(drop)
+    Attr::new()
+        .fd(0, link)
+        .fd(4, prog)
+        .call(LINK_UPDATE, 16)
+        .map(drop)
 }
 
 fn info<const N: usize>(object: BorrowedFd<'_>) -> io::Result<[u8; N]> {
     let mut out = [0; N];
     let size = u32::try_from(N).map_err(io::Error::other)?;
-    Attr::new().fd(0, object).u32(4, size).slice_mut(8, &mut out).call(OBJ_GET_INFO, 16)?;
+    Attr::new()
+        .fd(0, object)
+        .u32(4, size)
+        .slice_mut(8, &mut out)
+        .call(OBJ_GET_INFO, 16)?;
     Ok(out)
 }
 
@@ -295,13 +332,19 @@ pub struct LinkInfo {
 /// Reads [`LinkInfo`] of a cgroup link.
 pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let raw: [u8; 64] = info(link)?;
-    Ok(LinkInfo { prog_id: u32_at(&raw, 8), target: u64_at(&raw, 16) })
+    Ok(LinkInfo {
+        prog_id: u32_at(&raw, 8),
+        target: u64_at(&raw, 16),
+    })
 }
 
 /// Reads [`LinkInfo`] of a netns link.
 pub fn netns_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let raw: [u8; 64] = info(link)?;
-    Ok(LinkInfo { prog_id: u32_at(&raw, 8), target: u64::from(u32_at(&raw, 16)) })
+    Ok(LinkInfo {
+        prog_id: u32_at(&raw, 8),
+        target: u64::from(u32_at(&raw, 16)),
+    })
 }
 
 /// Opens a program by its number.
@@ -314,7 +357,9 @@ pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
 pub fn possible_cpus() -> io::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().unwrap_or("0");
-    last.parse::<usize>().map(|n| n + 1).map_err(io::Error::other)
+    last.parse::<usize>()
+        .map(|n| n + 1)
+        .map_err(io::Error::other)
 }
 
 /// Bytes of a plain value.

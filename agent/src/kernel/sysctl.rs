@@ -44,7 +44,11 @@ fn write(path: &str, value: u8) -> Result<()> {
     fs::write(path, value.to_string()).map_err(|e| {
         let readonly = e.raw_os_error() == Some(libc::EROFS);
         let error = Error::system("write", path, e);
-        if readonly { error.cured_by("give the agent a writable /proc/sys (hostPath, or no read-only procfs)") } else { error }
+        if readonly {
+            error.cured_by("give the agent a writable /proc/sys (hostPath, or no read-only procfs)")
+        } else {
+            error
+        }
     })
 }
 
@@ -80,5 +84,10 @@ pub fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
 /// Names of those that are not as they have to be.
 pub fn wrong(guard: &Guard<'_>) -> Result<Vec<&'static str>> {
     let values = read_all(guard)?;
-    Ok(OURS.into_iter().zip(values).filter(|(_, v)| !matches!(*v, 1 | NO_SYSCTL)).map(|(path, _)| path).collect())
+    Ok(OURS
+        .into_iter()
+        .zip(values)
+        .filter(|(_, v)| !matches!(*v, 1 | NO_SYSCTL))
+        .map(|(path, _)| path)
+        .collect())
 }

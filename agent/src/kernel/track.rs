@@ -42,23 +42,36 @@ impl<'a> Tracker<'a> {
     /// Watches nothing yet.
     #[must_use]
     pub fn new(node: &'a Node) -> Self {
-        Self { node, pods: BTreeMap::new() }
+        Self {
+            node,
+            pods: BTreeMap::new(),
+        }
     }
 
     /// Takes up pods that are new and drops those that went.
     pub fn rescan(&mut self) -> Result<()> {
         let enrolled = self.node.maps().pods.keys()?;
         self.pods.retain(|cookie, _| enrolled.contains(&cookie.0));
-        let new: Vec<u64> = enrolled.into_iter().filter(|c| !self.pods.contains_key(&NetnsCookie(*c))).collect();
+        let new: Vec<u64> = enrolled
+            .into_iter()
+            .filter(|c| !self.pods.contains_key(&NetnsCookie(*c)))
+            .collect();
         if new.is_empty() {
             return Ok(());
         }
         let paths = netns::paths();
         for cookie in new {
-            let Some(record) = self.node.maps().records.get(&cookie)? else { continue };
-            let path: Option<&PathBuf> =
-                paths.iter().find(|(id, _)| *id == (record.netns_dev, record.netns_inode)).map(|(_, p)| p);
-            let Some(netns) = path.and_then(|p| Netns::open(p).ok()).filter(|n| n.cookie().0 == cookie) else {
+            let Some(record) = self.node.maps().records.get(&cookie)? else {
+                continue;
+            };
+            let path: Option<&PathBuf> = paths
+                .iter()
+                .find(|(id, _)| *id == (record.netns_dev, record.netns_inode))
+                .map(|(_, p)| p);
+            let Some(netns) = path
+                .and_then(|p| Netns::open(p).ok())
+                .filter(|n| n.cookie().0 == cookie)
+            else {
                 continue;
             };
             let changes = {
@@ -67,7 +80,8 @@ impl<'a> Tracker<'a> {
             };
             // What changed before we listened.
             pod::sync(self.node, &netns)?;
-            self.pods.insert(NetnsCookie(cookie), Watched { netns, changes });
+            self.pods
+                .insert(NetnsCookie(cookie), Watched { netns, changes });
         }
         Ok(())
     }
@@ -85,7 +99,10 @@ impl<'a> Tracker<'a> {
         let wait = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         let ready = poll(&mut fds, wait).unwrap_or(0);
         drop(fds);
-        let mut round = Round { watched: self.pods.len(), synced: 0 };
+        let mut round = Round {
+            watched: self.pods.len(),
+            synced: 0,
+        };
         if ready > 0 {
             for (cookie, watched) in &self.pods {
                 if !watched.changes.drain() {

@@ -125,7 +125,10 @@ impl Observed {
     /// The one interface besides `lo` that is up, if there is just one.
     #[must_use]
     pub fn single_interface(&self) -> Option<u32> {
-        let mut up = self.links.iter().filter(|l| l.up && l.index != culvert_ebpf::abi::LOOPBACK_IFINDEX);
+        let mut up = self
+            .links
+            .iter()
+            .filter(|l| l.up && l.index != culvert_ebpf::abi::LOOPBACK_IFINDEX);
         match (up.next(), up.next()) {
             (Some(only), None) => Some(only.index),
             _ => None,
@@ -142,7 +145,11 @@ impl Observed {
     }
 
     fn families(&self) -> Vec<Family> {
-        if self.ipv6 { vec![Family::V4, Family::V6] } else { vec![Family::V4] }
+        if self.ipv6 {
+            vec![Family::V4, Family::V6]
+        } else {
+            vec![Family::V4]
+        }
     }
 }
 
@@ -161,7 +168,11 @@ pub enum Step {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if self.family == Family::V4 { "-4" } else { "-6" };
+        let family = if self.family == Family::V4 {
+            "-4"
+        } else {
+            "-6"
+        };
         write!(f, "rule {family} pref {}", self.pref)?;
         if let Some((value, mask)) = self.mark {
             write!(f, " fwmark {value:#x}/{mask:#x}")?;
@@ -182,8 +193,16 @@ impl fmt::Display for Rule {
 
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if self.family == Family::V4 { "-4" } else { "-6" };
-        let kind = if self.kind == RouteKind::Local { "local" } else { "blackhole" };
+        let family = if self.family == Family::V4 {
+            "-4"
+        } else {
+            "-6"
+        };
+        let kind = if self.kind == RouteKind::Local {
+            "local"
+        } else {
+            "blackhole"
+        };
         write!(f, "route {family} {kind} ")?;
         match self.destination {
             Some(destination) => write!(f, "{destination}")?,
@@ -211,27 +230,48 @@ impl fmt::Display for Step {
 }
 
 fn ours(family: Family, action: Action) -> Rule {
-    Rule { family, pref: 0, mark: None, iif: None, ip_proto: None, action, protocol: PROTOCOL, foreign: false }
+    Rule {
+        family,
+        pref: 0,
+        mark: None,
+        iif: None,
+        ip_proto: None,
+        action,
+        protocol: PROTOCOL,
+        foreign: false,
+    }
 }
 
 fn local(family: Family, pref: u32) -> Rule {
-    Rule { pref, protocol: PROTOCOL_KERNEL, ..ours(family, Action::Table(LOCAL_TABLE)) }
+    Rule {
+        pref,
+        protocol: PROTOCOL_KERNEL,
+        ..ours(family, Action::Table(LOCAL_TABLE))
+    }
 }
 
 fn is_local(rule: &Rule, family: Family, pref: u32) -> bool {
-    let plain = !rule.foreign && rule.mark.is_none() && rule.iif.is_none() && rule.ip_proto.is_none();
+    let plain =
+        !rule.foreign && rule.mark.is_none() && rule.iif.is_none() && rule.ip_proto.is_none();
     plain && rule.family == family && rule.pref == pref && rule.action == Action::Table(LOCAL_TABLE)
 }
 
 /// Our rules of one family, in order.
 #[must_use]
 pub fn desired_rules(family: Family, virtual_interfaces: &[String]) -> Vec<Rule> {
-    let marked = |value, mask, action| Rule { mark: Some((value, mask)), ..ours(family, action) };
+    let marked = |value, mask, action| Rule {
+        mark: Some((value, mask)),
+        ..ours(family, action)
+    };
     let mut rules = Vec::new();
     if family == Family::V6 {
         rules.push(marked(mark::OUT, mark::MASK, Action::Table(HOLD_TABLE)));
     }
-    rules.push(marked(mark::OUT, mark::TURN_MASK, Action::Table(TURN_TABLE)));
+    rules.push(marked(
+        mark::OUT,
+        mark::TURN_MASK,
+        Action::Table(TURN_TABLE),
+    ));
     rules.push(marked(mark::FAMILY, mark::FAMILY_MASK, Action::Unreachable));
     rules.extend(virtual_interfaces.iter().map(|name| Rule {
         iif: Some(name.clone()),
@@ -275,15 +315,21 @@ pub fn desired_routes(observed: &Observed) -> Vec<Route> {
         }
     }
     if observed.ipv6 {
-        routes.extend(observed.own().into_iter().filter(IpAddr::is_ipv6).map(|own| Route {
-            family: Family::V6,
-            table: HOLD_TABLE,
-            kind: RouteKind::Blackhole,
-            destination: Some(own),
-            oif: None,
-            metric: 1024,
-            source: None,
-        }));
+        routes.extend(
+            observed
+                .own()
+                .into_iter()
+                .filter(IpAddr::is_ipv6)
+                .map(|own| Route {
+                    family: Family::V6,
+                    table: HOLD_TABLE,
+                    kind: RouteKind::Blackhole,
+                    destination: Some(own),
+                    oif: None,
+                    metric: 1024,
+                    source: None,
+                }),
+        );
     }
     routes
 }
@@ -294,26 +340,57 @@ pub fn enrol(observed: &Observed, virtual_interfaces: &[String]) -> Vec<Step> {
     let mut steps = Vec::new();
     // Routes first: a mark rule whose table is empty would refuse what it should turn round.
     let desired = desired_routes(observed);
-    steps.extend(observed.routes.iter().filter(|r| !desired.contains(r)).cloned().map(Step::DelRoute));
-    steps.extend(desired.into_iter().filter(|r| !observed.routes.contains(r)).map(Step::AddRoute));
+    steps.extend(
+        observed
+            .routes
+            .iter()
+            .filter(|r| !desired.contains(r))
+            .cloned()
+            .map(Step::DelRoute),
+    );
+    steps.extend(
+        desired
+            .into_iter()
+            .filter(|r| !observed.routes.contains(r))
+            .map(Step::AddRoute),
+    );
     for family in observed.families() {
-        steps.extend(rule_steps(observed, family, &desired_rules(family, virtual_interfaces)));
+        steps.extend(rule_steps(
+            observed,
+            family,
+            &desired_rules(family, virtual_interfaces),
+        ));
     }
     steps
 }
 
 fn rule_steps(observed: &Observed, family: Family, desired: &[Rule]) -> Vec<Step> {
     let mut steps = Vec::new();
-    let mine: Vec<&Rule> =
-        observed.rules.iter().filter(|r| r.family == family && r.protocol == PROTOCOL && !r.foreign).collect();
-    steps.extend(mine.iter().filter(|r| !desired.contains(r)).map(|r| Step::DelRule((*r).clone())));
+    let mine: Vec<&Rule> = observed
+        .rules
+        .iter()
+        .filter(|r| r.family == family && r.protocol == PROTOCOL && !r.foreign)
+        .collect();
+    steps.extend(
+        mine.iter()
+            .filter(|r| !desired.contains(r))
+            .map(|r| Step::DelRule((*r).clone())),
+    );
     let kept: Vec<&Rule> = mine.into_iter().filter(|r| desired.contains(r)).collect();
-    let in_place = desired.iter().zip(&kept).take_while(|(want, have)| want == *have).count();
+    let in_place = desired
+        .iter()
+        .zip(&kept)
+        .take_while(|(want, have)| want == *have)
+        .count();
 
     let position = |rule: &Rule| observed.rules.iter().position(|r| r == rule);
     let local_at = observed.rules.iter().position(|r| is_local(r, family, 0));
-    let local_last = local_at.is_some_and(|at| desired.iter().all(|r| position(r).is_none_or(|p| p < at)));
-    let temporary = observed.rules.iter().any(|r| is_local(r, family, TEMPORARY_PREF));
+    let local_last =
+        local_at.is_some_and(|at| desired.iter().all(|r| position(r).is_none_or(|p| p < at)));
+    let temporary = observed
+        .rules
+        .iter()
+        .any(|r| is_local(r, family, TEMPORARY_PREF));
     if in_place == desired.len() && local_last {
         if temporary {
             steps.push(Step::DelRule(local(family, TEMPORARY_PREF)));
@@ -345,12 +422,18 @@ pub fn unenrol(observed: &Observed) -> Vec<Step> {
     let mut steps = Vec::new();
     for family in [Family::V4, Family::V6] {
         let has_local = observed.rules.iter().any(|r| is_local(r, family, 0));
-        let temporary = observed.rules.iter().any(|r| is_local(r, family, TEMPORARY_PREF));
+        let temporary = observed
+            .rules
+            .iter()
+            .any(|r| is_local(r, family, TEMPORARY_PREF));
         if !has_local && temporary {
             steps.push(Step::AddRule(local(family, 0)));
         }
         // The rule that turns goes before the one that refuses.
-        let mine = observed.rules.iter().filter(|r| r.family == family && r.protocol == PROTOCOL && !r.foreign);
+        let mine = observed
+            .rules
+            .iter()
+            .filter(|r| r.family == family && r.protocol == PROTOCOL && !r.foreign);
         steps.extend(mine.cloned().map(Step::DelRule));
         if temporary {
             steps.push(Step::DelRule(local(family, TEMPORARY_PREF)));

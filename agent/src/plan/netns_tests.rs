@@ -3,14 +3,32 @@
 use super::*;
 
 fn fresh() -> Observed {
-    let kernel = |family, pref, table| Rule { pref, ..local_rule(family, table) };
+    let kernel = |family, pref, table| Rule {
+        pref,
+        ..local_rule(family, table)
+    };
     Observed {
         links: vec![
-            Link { index: 1, name: "lo".into(), up: true },
-            Link { index: 2, name: "eth0".into(), up: true },
-            Link { index: 3, name: "tunl0".into(), up: false },
+            Link {
+                index: 1,
+                name: "lo".into(),
+                up: true,
+            },
+            Link {
+                index: 2,
+                name: "eth0".into(),
+                up: true,
+            },
+            Link {
+                index: 3,
+                name: "tunl0".into(),
+                up: false,
+            },
         ],
-        addresses: vec![(2, "10.0.0.5".parse().unwrap()), (2, "fd00::5".parse().unwrap())],
+        addresses: vec![
+            (2, "10.0.0.5".parse().unwrap()),
+            (2, "fd00::5".parse().unwrap()),
+        ],
         rules: [Family::V4, Family::V6]
             .into_iter()
             .flat_map(|f| [kernel(f, 0, LOCAL_TABLE), kernel(f, 32766, 254)])
@@ -21,7 +39,10 @@ fn fresh() -> Observed {
 }
 
 fn local_rule(family: Family, table: u32) -> Rule {
-    Rule { action: Action::Table(table), ..local(family, 0) }
+    Rule {
+        action: Action::Table(table),
+        ..local(family, 0)
+    }
 }
 
 /// The kernel, as far as rules and routes go; panics where it would refuse.
@@ -33,16 +54,30 @@ fn apply(observed: &mut Observed, step: &Step) {
                 .rules
                 .iter()
                 .rposition(|r| r.family == rule.family && r.pref <= rule.pref)
-                .map_or_else(|| observed.rules.iter().position(|r| r.family == rule.family).unwrap_or(0), |p| p + 1);
+                .map_or_else(
+                    || {
+                        observed
+                            .rules
+                            .iter()
+                            .position(|r| r.family == rule.family)
+                            .unwrap_or(0)
+                    },
+                    |p| p + 1,
+                );
             observed.rules.insert(at, rule.clone());
         }
         Step::DelRule(rule) => {
-            let at = observed.rules.iter().position(|r| r == rule).expect("deleted a rule that is not there");
+            let at = observed
+                .rules
+                .iter()
+                .position(|r| r == rule)
+                .expect("deleted a rule that is not there");
             observed.rules.remove(at);
         }
         Step::AddRoute(route) => {
             observed.routes.retain(|r| {
-                (r.family, r.table, r.destination, r.metric) != (route.family, route.table, route.destination, route.metric)
+                (r.family, r.table, r.destination, r.metric)
+                    != (route.family, route.table, route.destination, route.metric)
             });
             observed.routes.push(route.clone());
         }
@@ -53,14 +88,28 @@ fn apply(observed: &mut Observed, step: &Step) {
 /// Local delivery works, and a marked packet does not reach a table that leads out.
 fn check_safe(observed: &Observed, enrolled_before: bool) {
     for family in [Family::V4, Family::V6] {
-        let rules: Vec<&Rule> = observed.rules.iter().filter(|r| r.family == family).collect();
-        assert!(rules.iter().any(|r| r.action == Action::Table(LOCAL_TABLE)), "local delivery is cut");
+        let rules: Vec<&Rule> = observed
+            .rules
+            .iter()
+            .filter(|r| r.family == family)
+            .collect();
+        assert!(
+            rules.iter().any(|r| r.action == Action::Table(LOCAL_TABLE)),
+            "local delivery is cut"
+        );
         if enrolled_before {
-            let main = rules.iter().position(|r| r.action == Action::Table(254)).unwrap();
+            let main = rules
+                .iter()
+                .position(|r| r.action == Action::Table(254))
+                .unwrap();
             let stop = rules.iter().position(|r| {
-                r.mark.is_some() && (r.action == Action::Unreachable || r.action == Action::Table(TURN_TABLE))
+                r.mark.is_some()
+                    && (r.action == Action::Unreachable || r.action == Action::Table(TURN_TABLE))
             });
-            assert!(stop.is_some_and(|s| s < main), "a marked packet would get out: {rules:?}");
+            assert!(
+                stop.is_some_and(|s| s < main),
+                "a marked packet would get out: {rules:?}"
+            );
         }
     }
 }
@@ -137,7 +186,11 @@ fn a_rule_that_went_missing_comes_back_without_a_gap() {
     for step in enrol(&whole.clone(), &[]) {
         apply(&mut whole, &step);
     }
-    for lost in whole.rules.iter().filter(|r| r.protocol == PROTOCOL && r.action != Action::Unreachable) {
+    for lost in whole
+        .rules
+        .iter()
+        .filter(|r| r.protocol == PROTOCOL && r.action != Action::Unreachable)
+    {
         let mut state = whole.clone();
         state.rules.retain(|r| r != lost);
         for step in enrol(&state.clone(), &[]) {
@@ -154,7 +207,11 @@ fn a_local_table_that_was_moved_in_front_goes_behind_again() {
     for step in enrol(&state.clone(), &[]) {
         apply(&mut state, &step);
     }
-    let at = state.rules.iter().position(|r| is_local(r, Family::V4, 0)).unwrap();
+    let at = state
+        .rules
+        .iter()
+        .position(|r| is_local(r, Family::V4, 0))
+        .unwrap();
     let rule = state.rules.remove(at);
     state.rules.insert(0, rule);
     assert_ne!(enrol(&state, &[]), vec![]);
@@ -167,6 +224,9 @@ fn a_local_table_that_was_moved_in_front_goes_behind_again() {
 
 #[test]
 fn without_ipv6_only_ipv4_is_touched() {
-    let observed = Observed { ipv6: false, ..fresh() };
+    let observed = Observed {
+        ipv6: false,
+        ..fresh()
+    };
     assert!(!print(&enrol(&observed, &[])).contains("-6"));
 }
