@@ -49,7 +49,7 @@ pub fn open(path: &Path, named: bool) -> Result<File> {
     };
     let dir = File::open(path).map_err(fail)?;
     let kind = statfs::fstatfs(&dir).map_err(|e| fail(e.into()))?;
-    if i64::from(kind.filesystem_type().0) != CGROUP2_MAGIC {
+    if kind.filesystem_type().0 != CGROUP2_MAGIC {
         return Err(Error::wrong(
             OPERATION,
             path.display(),

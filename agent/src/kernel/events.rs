@@ -199,21 +199,20 @@ impl<'a> Events<'a> {
         while at < end {
             let offset = self.page + usize::try_from(at).unwrap_or(0) % self.size;
             // SAFETY: below the end of the doubled mapping; records are eight-byte aligned.
-            let head = unsafe { self.data.add(offset).cast::<AtomicU32>().as_ref() }
-                .load(Ordering::Acquire);
+            let record = unsafe { self.data.add(offset) };
+            // SAFETY: mapped as long as `self` lives, aligned, and only ever accessed atomically.
+            let head = unsafe { record.cast::<AtomicU32>().as_ref() }.load(Ordering::Acquire);
             if head & BUSY != 0 {
                 break;
             }
             let length = (head & !(BUSY | DISCARDED)) as usize;
             if head & DISCARDED == 0 && length >= size_of::<Event>() {
-                // SAFETY: the record is complete, so the kernel writes it no more until we move on.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts(
-                        self.data.add(offset + HEADER).as_ptr(),
-                        size_of::<Event>(),
-                    )
-                };
-                found.extend(sys::from_bytes::<Event>(bytes).map(Decision::from));
+                // SAFETY: the payload stands behind the header, within the mapping.
+                let payload = unsafe { record.add(HEADER) };
+                // SAFETY: the record is complete, so the kernel writes it no more until we move on; `Event`
+                // tolerates any bit pattern and records are eight-byte aligned.
+                let event = unsafe { payload.cast::<Event>().read() };
+                found.push(Decision::from(event));
             }
             at += (length + HEADER).next_multiple_of(8) as u64;
             self.position().store(at, Ordering::Release);

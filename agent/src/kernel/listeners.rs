@@ -193,10 +193,8 @@ impl Process {
             ));
         }
         // SAFETY: pidfd_open returned a descriptor that nobody else owns.
-        Ok(Self {
-            pid,
-            pidfd: unsafe { OwnedFd::from_raw_fd(fd) },
-        })
+        let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { pid, pidfd })
     }
 
     /// A copy of the descriptor behind a socket's inode.

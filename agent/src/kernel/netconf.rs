@@ -24,7 +24,7 @@ use crate::plan::netns::{
 };
 
 /// Reads the namespace the guard stands for.
-pub fn observe(guard: &Guard<'_>, netlink: &mut Rtnetlink) -> Result<Observed> {
+pub(super) fn observe(guard: &Guard<'_>, netlink: &mut Rtnetlink) -> Result<Observed> {
     let ipv6 = sysctl::ipv6_enabled(guard);
     let mut observed = Observed {
         ipv6,
@@ -65,7 +65,7 @@ pub fn observe(guard: &Guard<'_>, netlink: &mut Rtnetlink) -> Result<Observed> {
 }
 
 /// Carries out a plan.
-pub fn apply(_guard: &Guard<'_>, netlink: &mut Rtnetlink, steps: &[Step]) -> Result<()> {
+pub(super) fn apply(_guard: &Guard<'_>, netlink: &mut Rtnetlink, steps: &[Step]) -> Result<()> {
     netlink.apply(&steps.iter().map(change).collect::<Vec<_>>())
 }
 

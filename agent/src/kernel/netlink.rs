@@ -23,7 +23,7 @@ use super::error::{Error, Result};
 
 /// What a batch asks for: adding or deleting, and the message.
 #[derive(Clone, Debug)]
-pub enum Change {
+pub(super) enum Change {
     /// Must be new; already there counts as done.
     Add(RouteNetlinkMessage),
     /// New or replaced.
@@ -33,7 +33,7 @@ pub enum Change {
 }
 
 /// An rtnetlink socket of the namespace it was opened in.
-pub struct Rtnetlink {
+pub(super) struct Rtnetlink {
     socket: Socket,
     sequence: u32,
 }
@@ -52,7 +52,7 @@ fn fail(operation: &'static str) -> impl Fn(io::Error) -> Error {
 
 impl Rtnetlink {
     /// Opens one in the calling thread's namespace.
-    pub fn open() -> Result<Self> {
+    pub(super) fn open() -> Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
         socket.bind_auto().map_err(fail("bind"))?;
         socket
@@ -68,7 +68,7 @@ impl Rtnetlink {
     }
 
     /// Opens one that hears of changes of links and addresses; non-blocking.
-    pub fn subscribe() -> Result<Self> {
+    pub(super) fn subscribe() -> Result<Self> {
         const LINK: u32 = 1;
         const IPV4_ADDRESS: u32 = 5;
         const IPV6_ADDRESS: u32 = 9;
@@ -85,7 +85,7 @@ impl Rtnetlink {
     }
 
     /// Reads away what a subscription brought; true when there was anything, overflow included.
-    pub fn drain(&self) -> bool {
+    pub(super) fn drain(&self) -> bool {
         let mut heard = false;
         let mut buffer = Vec::with_capacity(8192);
         loop {
@@ -100,7 +100,7 @@ impl Rtnetlink {
     }
 
     /// Its descriptor, to wait on.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
@@ -118,7 +118,7 @@ impl Rtnetlink {
     }
 
     /// Everything the kernel lists for `request`.
-    pub fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+    pub(super) fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
         // A dump that changed under our eyes is asked for again, a few times.
         for _ in 0..8 {
             let message = self.message(request.clone(), NLM_F_DUMP);
@@ -177,7 +177,7 @@ impl Rtnetlink {
     }
 
     /// Applies changes in order, in one system call; all are tried, the first failure is returned.
-    pub fn apply(&mut self, changes: &[Change]) -> Result<()> {
+    pub(super) fn apply(&mut self, changes: &[Change]) -> Result<()> {
         // Acks are queued on our side: stay far below the default receive buffer.
         for chunk in changes.chunks(64) {
             self.apply_chunk(chunk)?;

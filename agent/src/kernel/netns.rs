@@ -74,7 +74,7 @@ impl Netns {
                 "give a namespace file such as /run/netns/NAME or /proc/PID/ns/net",
             )
         };
-        if i64::from(kind.filesystem_type().0) != NSFS_MAGIC {
+        if kind.filesystem_type().0 != NSFS_MAGIC {
             return Err(not_netns());
         }
         let meta = file

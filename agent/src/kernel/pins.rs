@@ -94,7 +94,7 @@ impl Pins {
             .unwrap_or(Path::new("/"));
         let kind = statfs::statfs(existing)
             .map_err(|e| Error::system("examine", existing.display(), io::Error::from(e)))?;
-        if i64::from(kind.filesystem_type().0) & 0xffff_ffff == BPF_FS_MAGIC {
+        if kind.filesystem_type().0 & 0xffff_ffff == BPF_FS_MAGIC {
             return Ok(());
         }
         Err(Error::wrong(

@@ -113,7 +113,7 @@ fn object_name(name: &str) -> [u8; 16] {
 }
 
 /// Creates a map. `btf` names key and value types where the kind demands it (socket storage).
-pub fn map_create(
+pub(super) fn map_create(
     name: &str,
     spec: &MapSpec,
     btf: Option<(BorrowedFd<'_>, u32, u32)>,
@@ -132,7 +132,7 @@ pub fn map_create(
 }
 
 /// Loads type information.
-pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
+pub(super) fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
     let size = u32::try_from(btf.len()).map_err(io::Error::other)?;
     Attr::new()
         .slice(0, btf)
@@ -145,12 +145,12 @@ fn element(map: BorrowedFd<'_>, key: &[u8]) -> Attr {
 }
 
 /// Reads an element; false when there is none.
-pub fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+pub(super) fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
     absent(element(map, key).slice_mut(16, value).call(MAP_LOOKUP, 32))
 }
 
 /// Writes an element.
-pub fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+pub(super) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
     element(map, key)
         .slice(16, value)
         .u64(24, flags)
@@ -159,12 +159,12 @@ pub fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> 
 }
 
 /// Deletes an element; false when there was none.
-pub fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
+pub(super) fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
     absent(element(map, key).call(MAP_DELETE, 32))
 }
 
 /// The key after `key` (the first without one); false at the end.
-pub fn map_next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<bool> {
+pub(super) fn map_next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<bool> {
     let attr = Attr::new().fd(0, map).slice_mut(16, next);
     let mut attr = if let Some(key) = key {
         attr.slice(8, key)
@@ -183,7 +183,7 @@ fn absent(result: io::Result<i32>) -> io::Result<bool> {
 }
 
 /// Loads a program. With a `log` the verifier explains itself there.
-pub fn prog_load(
+pub(super) fn prog_load(
     name: &str,
     prog_type: u32,
     attach_type: u32,
@@ -211,7 +211,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
 }
 
 /// Pins a map, program or link.
-pub fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+pub(super) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     Attr::new()
         .u64(0, path.as_ptr() as u64)
@@ -221,7 +221,7 @@ pub fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 }
 
 /// Opens what is pinned.
-pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     Attr::new()
         .u64(0, path.as_ptr() as u64)
@@ -229,7 +229,7 @@ pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Attaches a program to a cgroup or network namespace.
-pub fn link_create(
+pub(super) fn link_create(
     prog: BorrowedFd<'_>,
     target: BorrowedFd<'_>,
     attach_type: u32,
@@ -242,7 +242,7 @@ pub fn link_create(
 }
 
 /// Puts another program behind a link, without a moment in which neither runs.
-pub fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
     Attr::new()
         .fd(0, link)
         .fd(4, prog)
@@ -275,7 +275,7 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
 
 /// What the kernel says of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProgInfo {
+pub(super) struct ProgInfo {
     /// Kernel's number.
     pub id: u32,
     /// Hash of the instructions.
@@ -293,7 +293,7 @@ pub struct ProgInfo {
 }
 
 /// Reads [`ProgInfo`].
-pub fn prog_info(prog: BorrowedFd<'_>) -> io::Result<ProgInfo> {
+pub(super) fn prog_info(prog: BorrowedFd<'_>) -> io::Result<ProgInfo> {
     let raw: [u8; 232] = info(prog)?;
     let mut tag = [0; 8];
     tag.copy_from_slice(&raw[8..16]);
@@ -309,7 +309,7 @@ pub fn prog_info(prog: BorrowedFd<'_>) -> io::Result<ProgInfo> {
 }
 
 /// What the kernel says of a map.
-pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapSpec> {
+pub(super) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapSpec> {
     let raw: [u8; 80] = info(map)?;
     Ok(MapSpec {
         map_type: u32_at(&raw, 0),
@@ -322,7 +322,7 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapSpec> {
 
 /// What the kernel says of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinkInfo {
+pub(super) struct LinkInfo {
     /// Program behind it.
     pub prog_id: u32,
     /// For a netns link the namespace's inode, 0 when it is gone; for a cgroup link the cgroup's id.
@@ -330,7 +330,7 @@ pub struct LinkInfo {
 }
 
 /// Reads [`LinkInfo`] of a cgroup link.
-pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+pub(super) fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let raw: [u8; 64] = info(link)?;
     Ok(LinkInfo {
         prog_id: u32_at(&raw, 8),
@@ -339,7 +339,7 @@ pub fn cgroup_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 }
 
 /// Reads [`LinkInfo`] of a netns link.
-pub fn netns_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+pub(super) fn netns_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let raw: [u8; 64] = info(link)?;
     Ok(LinkInfo {
         prog_id: u32_at(&raw, 8),
@@ -348,13 +348,13 @@ pub fn netns_link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 }
 
 /// Opens a program by its number.
-pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
+pub(super) fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
     const PROG_GET_FD_BY_ID: libc::c_long = 13;
     Attr::new().u32(0, id).call_fd(PROG_GET_FD_BY_ID, 12)
 }
 
 /// Number of CPUs whose values a per-CPU map returns.
-pub fn possible_cpus() -> io::Result<usize> {
+pub(super) fn possible_cpus() -> io::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().unwrap_or("0");
     last.parse::<usize>()
@@ -366,13 +366,13 @@ pub fn possible_cpus() -> io::Result<usize> {
 ///
 /// # Safety of the trait bound
 /// [`super::maps::Plain`] promises no padding, so every byte is initialised.
-pub fn bytes_of<T: super::maps::Plain>(value: &T) -> &[u8] {
+pub(super) fn bytes_of<T: super::maps::Plain>(value: &T) -> &[u8] {
     // SAFETY: see above; the slice borrows the value.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast::<u8>(), size_of::<T>()) }
 }
 
 /// A plain value from its bytes.
-pub fn from_bytes<T: super::maps::Plain>(bytes: &[u8]) -> Option<T> {
+pub(super) fn from_bytes<T: super::maps::Plain>(bytes: &[u8]) -> Option<T> {
     if bytes.len() < size_of::<T>() {
         return None;
     }
@@ -381,6 +381,6 @@ pub fn from_bytes<T: super::maps::Plain>(bytes: &[u8]) -> Option<T> {
 }
 
 /// Lets an owned descriptor be borrowed where a generic is in the way.
-pub fn fd(owned: &OwnedFd) -> BorrowedFd<'_> {
+pub(super) fn fd(owned: &OwnedFd) -> BorrowedFd<'_> {
     owned.as_fd()
 }

@@ -22,13 +22,13 @@ const OURS: [&str; 3] = [
 
 /// Is there IPv6 in this kernel at all?
 #[must_use]
-pub fn ipv6_present() -> bool {
+pub(super) fn ipv6_present() -> bool {
     Path::new("/proc/sys/net/ipv6").exists()
 }
 
 /// Can IPv6 be used in the namespace?
 #[must_use]
-pub fn ipv6_enabled(_guard: &Guard<'_>) -> bool {
+pub(super) fn ipv6_enabled(_guard: &Guard<'_>) -> bool {
     fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|v| v.trim() == "0")
 }
 
@@ -53,7 +53,7 @@ fn write(path: &str, value: u8) -> Result<()> {
 }
 
 /// The present values, to be kept in the pod's record.
-pub fn read_all(_guard: &Guard<'_>) -> Result<[u8; 4]> {
+pub(super) fn read_all(_guard: &Guard<'_>) -> Result<[u8; 4]> {
     let mut values = [NO_SYSCTL; 4];
     for (value, path) in values.iter_mut().zip(OURS) {
         *value = read(path)?;
@@ -62,7 +62,7 @@ pub fn read_all(_guard: &Guard<'_>) -> Result<[u8; 4]> {
 }
 
 /// Sets what is there and not set.
-pub fn set_all(guard: &Guard<'_>) -> Result<()> {
+pub(super) fn set_all(guard: &Guard<'_>) -> Result<()> {
     for (path, present) in OURS.into_iter().zip(read_all(guard)?) {
         if present != NO_SYSCTL && present != 1 {
             write(path, 1)?;
@@ -72,7 +72,7 @@ pub fn set_all(guard: &Guard<'_>) -> Result<()> {
 }
 
 /// Puts the recorded values back.
-pub fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
+pub(super) fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
     for (path, earlier) in OURS.into_iter().zip(record.sysctls) {
         if earlier != NO_SYSCTL && earlier != 1 {
             write(path, earlier)?;
@@ -82,7 +82,7 @@ pub fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
 }
 
 /// Names of those that are not as they have to be.
-pub fn wrong(guard: &Guard<'_>) -> Result<Vec<&'static str>> {
+pub(super) fn wrong(guard: &Guard<'_>) -> Result<Vec<&'static str>> {
     let values = read_all(guard)?;
     Ok(OURS
         .into_iter()
