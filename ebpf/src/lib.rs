@@ -8,6 +8,3 @@
 pub mod abi;
 pub mod addr;
 pub mod decide;
-
-#[cfg(test)]
-mod tests;

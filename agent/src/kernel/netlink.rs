@@ -118,7 +118,10 @@ impl Rtnetlink {
     }
 
     /// Everything the kernel lists for `request`.
-    pub(super) fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+    pub(super) fn dump(
+        &mut self,
+        request: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>> {
         // A dump that changed under our eyes is asked for again, a few times.
         for _ in 0..8 {
             let message = self.message(request.clone(), NLM_F_DUMP);

@@ -1,1 +1,0 @@
-//! Host-side tests; filled in below.
