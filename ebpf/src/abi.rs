@@ -77,8 +77,12 @@ pub mod maps {
     pub const EVENTS: &str = "EVENTS";
     /// Netns cookie to [`Record`](super::Record): user space's notes, no program reads them.
     pub const RECORDS: &str = "RECORDS";
+    /// One entry: the `culvert_steer` all pods' entry programs jump to.
+    pub const STEER: &str = "STEER";
+    /// One entry, per CPU: the cookie an entry program hands to `culvert_steer`.
+    pub const ENTERING: &str = "ENTERING";
     /// All of them, in the order they are created.
-    pub const ALL: [&str; 15] = [
+    pub const ALL: [&str; 17] = [
         CONFIG,
         PODS,
         POD_ADDRS,
@@ -94,6 +98,8 @@ pub mod maps {
         COUNTERS,
         EVENTS,
         RECORDS,
+        STEER,
+        ENTERING,
     ];
 }
 
@@ -103,11 +109,13 @@ pub mod programs {
     pub const CONNECT: &str = "culvert_connect";
     /// cgroup/setsockopt at the same place: who may set our marks, no device binding.
     pub const SOCKOPT: &str = "culvert_sockopt";
-    /// sk_lookup, one per pod: where a SYN goes.
+    /// sk_lookup, one per pod, a few instructions: knows the pod and jumps to [`STEER`].
+    pub const ENTER: &str = "culvert_enter";
+    /// sk_lookup, one for the node: where a SYN goes.
     pub const STEER: &str = "culvert_steer";
 }
 
-/// Stands in `culvert_steer`'s instructions for the pod's netns cookie, which sk_lookup programs cannot
+/// Stands in `culvert_enter`'s instructions for the pod's netns cookie, which sk_lookup programs cannot
 /// ask for: the loader replaces it before each load.
 pub const COOKIE_PLACEHOLDER: u64 = 0xC01D_C0DE_C0C0_C1E5;
 
@@ -352,15 +360,13 @@ pub struct Record {
     pub enrolled_at: u64,
     /// Device of the nsfs the inode lives on.
     pub netns_dev: u64,
-    /// Hash of the object its `culvert_steer` comes from.
-    pub object_id: u64,
     /// Earlier values of the sysctls we changed, one byte each, in the kernel door's order; [`NO_SYSCTL`]
     /// where there is none.
     pub sysctls: [u8; 4],
     /// Zero.
     pub pad: u32,
 }
-const _: () = assert!(size_of::<Record>() == 40);
+const _: () = assert!(size_of::<Record>() == 32);
 
 /// In [`Record::sysctls`]: this kernel or pod has no such setting.
 pub const NO_SYSCTL: u8 = 0xff;

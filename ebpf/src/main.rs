@@ -1,6 +1,7 @@
 //! The kernel programs of Culvert.
 //!
-//! `culvert_connect` (sock_ops), `culvert_sockopt` (cgroup/setsockopt) and `culvert_steer` (sk_lookup).
+//! `culvert_connect` (sock_ops), `culvert_sockopt` (cgroup/setsockopt) `culvert_enter` and
+//! `culvert_steer` (sk_lookup).
 //! This file owns the entry points and the licence; each program has its own file and only reads its
 //! context, asks the library's decision functions, and acts. None of them runs for a packet of an
 //! established connection.
@@ -32,6 +33,12 @@ fn culvert_connect(ctx: SockOpsContext) -> u32 {
 #[cgroup_sockopt(setsockopt)]
 fn culvert_sockopt(ctx: SockoptContext) -> i32 {
     sockopt::run(ctx.sockopt)
+}
+
+/// See `steer.rs`.
+#[sk_lookup]
+fn culvert_enter(ctx: SkLookupContext) -> u32 {
+    steer::enter(&ctx)
 }
 
 /// See `steer.rs`.

@@ -8,7 +8,10 @@ use core::cell::UnsafeCell;
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SockHash},
+    maps::{
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, ProgramArray, RingBuf,
+        SockHash,
+    },
 };
 use culvert_ebpf::abi::{
     CidrKey, Config, Counters, FourTuple, ListenerKey, Pod, PodAddr, PortKey, Record, Role, RoleKey,
@@ -46,6 +49,10 @@ pub static COUNTERS: PerCpuHashMap<u64, Counters> =
     PerCpuHashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+#[map]
+pub static STEER: ProgramArray = ProgramArray::with_max_entries(1, 0);
+#[map]
+pub static ENTERING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static RECORDS: HashMap<u64, Record> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 

@@ -1,8 +1,8 @@
-//! `culvert_steer`: one sk_lookup program per enrolled pod.
+//! `culvert_steer`: where a SYN of an enrolled pod goes; and `culvert_enter`, each pod's way to it.
 //!
 //! Runs for a TCP packet that belongs to no established socket, which is a SYN in all but odd cases, and
 //! hands it to ztunnel's listener, leaves it alone, or drops it. sk_lookup can ask neither for the
-//! namespace nor for the mark, so the pod's cookie is written into the instructions of each copy.
+//! namespace nor for the mark, so each pod has a small program of its own that knows the pod's cookie.
 
 use aya_ebpf::{
     bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup},
@@ -26,15 +26,30 @@ const PASS: u32 = 1;
 const DROP: u32 = 0;
 const IPPROTO_TCP: u32 = 6;
 
-/// The pod's netns cookie. The loader looks for this constant (`COOKIE_PLACEHOLDER`) in the instructions.
+/// What each pod's own copy does: leave what is not TCP alone, say whose namespace this is, jump.
+///
+/// Small on purpose: it is verified once per pod, and it never changes while pods live. Replacing the one
+/// `culvert_steer` behind the jump replaces it for all pods at once.
 #[inline(always)]
-fn cookie() -> u64 {
+pub fn enter(ctx: &SkLookupContext) -> u32 {
+    if field!(bpf_sk_lookup, ctx.lookup, protocol) != IPPROTO_TCP {
+        return PASS;
+    }
     let cookie: u64;
-    // SAFETY: loads an immediate into a register, nothing else.
+    // SAFETY: loads an immediate into a register, nothing else. The loader looks for this constant
+    // (`COOKIE_PLACEHOLDER`) in the instructions.
     unsafe {
         core::arch::asm!("{} = 0xC01DC0DEC0C0C1E5 ll", out(reg) cookie, options(pure, nomem, nostack, preserves_flags));
     }
-    cookie
+    if let Some(slot) = maps::ENTERING.get_ptr_mut(0) {
+        // SAFETY: this CPU's own slot. Packets are looked up with softirqs off, so between this write and
+        // the read behind the jump no other namespace's packet runs here.
+        unsafe { *slot = cookie };
+        // SAFETY: our own context; the array holds sk_lookup programs only.
+        let _ = unsafe { maps::STEER.tail_call(ctx, 0) };
+    }
+    // There is always a program behind the jump; if not, closed.
+    DROP
 }
 
 struct Facts<'a> {
@@ -99,10 +114,9 @@ impl SteerFacts for Facts<'_> {
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> u32 {
     let lookup: *mut bpf_sk_lookup = ctx.lookup;
-    if field!(bpf_sk_lookup, lookup, protocol) != IPPROTO_TCP {
-        return PASS;
-    }
-    let cookie = cookie();
+    let Some(&cookie) = maps::ENTERING.get(0) else {
+        return DROP;
+    };
     // SAFETY: entries are replaced whole; each field stands alone.
     let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
         return PASS;

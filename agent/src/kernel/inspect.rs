@@ -210,7 +210,7 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
             .and_then(|l| sys::netns_link_info(l.as_fd()).ok())
             .is_some_and(|i| i.target == netns.inode());
         if !attached {
-            problems.push("culvert_steer is not attached: attach again".to_owned());
+            problems.push("culvert_enter is not attached: attach again".to_owned());
         }
         let foreign = observed.rules.iter().filter(|r| {
             r.pref == 0 && r.protocol != plan::PROTOCOL && (r.foreign || r.mark.is_some())

@@ -204,12 +204,16 @@ pub struct Maps {
     pub events: OwnedFd,
     /// User space's notes.
     pub records: Map<u64, Record>,
+    /// The program behind each pod's jump; a descriptor goes in, its number comes out.
+    pub steer: Map<u32, u32>,
+    /// Cookie on its way to that program.
+    pub entering: OwnedFd,
 }
 
 impl Maps {
     /// From descriptors in the order of [`maps::ALL`].
     pub fn from_fds(fds: [OwnedFd; maps::ALL.len()]) -> Self {
-        let [c, p, pa, pb, v, i, l, r, ec, ep, z, zs, co, ev, re] = fds;
+        let [c, p, pa, pb, v, i, l, r, ec, ep, z, zs, co, ev, re, st, en] = fds;
         Self {
             config: Map::new(maps::CONFIG, c),
             pods: Map::new(maps::PODS, p),
@@ -226,6 +230,8 @@ impl Maps {
             counters: CounterMap(Map::new(maps::COUNTERS, co)),
             events: ev,
             records: Map::new(maps::RECORDS, re),
+            steer: Map::new(maps::STEER, st),
+            entering: en,
         }
     }
 
@@ -247,6 +253,8 @@ impl Maps {
             (maps::COUNTERS, self.counters.0.as_fd()),
             (maps::EVENTS, self.events.as_fd()),
             (maps::RECORDS, self.records.as_fd()),
+            (maps::STEER, self.steer.as_fd()),
+            (maps::ENTERING, self.entering.as_fd()),
         ]
     }
 }

@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, File},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -89,8 +89,6 @@ pub struct LoadReport {
     pub abi_version: u32,
     /// Maps were there and are used on.
     pub adopted: bool,
-    /// Pods whose program was replaced.
-    pub pods_updated: usize,
     /// The programs.
     pub programs: Vec<ProgramReport>,
 }
@@ -211,19 +209,17 @@ impl Node {
             cgroup_root: cgroup_path,
             abi_version: ABI_VERSION,
             adopted,
-            pods_updated: 0,
             programs: Vec::new(),
         };
+        // Before any pod can jump there.
+        report.programs.push(node.place_steer(current)?);
         report
             .programs
             .push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, &cgroup, current)?);
         report
             .programs
             .push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, &cgroup, current)?);
-        report.programs.push(node.check_steer()?);
-        for pod in node.pins.pods() {
-            report.pods_updated += usize::from(node.refresh_steer(pod)?);
-        }
+        report.programs.push(node.check_enter()?);
         let wanted = Config {
             object_id: object::id(),
             probe_source: options.probe_source.unwrap_or(config.probe_source),
@@ -322,42 +318,37 @@ impl Node {
         report(name, &prog, action, Some(took))
     }
 
-    fn check_steer(&self) -> Result<ProgramReport> {
+    /// Puts this build's `culvert_steer` behind every pod's jump, all at once.
+    fn place_steer(&self, current: bool) -> Result<ProgramReport> {
+        let existing = self.maps.steer.get(&0)?;
+        if let Some(id) = existing
+            && current
+            && let Ok(prog) = sys::prog_by_id(id)
+        {
+            return report(names::STEER, &prog, ProgramAction::Kept, None);
+        }
         let started = Instant::now();
-        let prog = self.programs.load_steer(0)?;
+        let prog = self.programs.load_steer()?;
+        let took = started.elapsed();
+        self.maps.steer.set(&0, &prog.as_raw_fd().unsigned_abs())?;
+        let action = if existing.is_some() {
+            ProgramAction::Replaced
+        } else {
+            ProgramAction::Loaded
+        };
+        report(names::STEER, &prog, action, Some(took))
+    }
+
+    /// Loads the part that each pod gets a copy of, to see that it passes.
+    fn check_enter(&self) -> Result<ProgramReport> {
+        let started = Instant::now();
+        let prog = self.programs.load_enter(0)?;
         report(
-            names::STEER,
+            names::ENTER,
             &prog,
             ProgramAction::Checked,
             Some(started.elapsed()),
         )
-    }
-
-    /// Puts this build's `culvert_steer` behind a pod's link; false when it is there already or the pod is gone.
-    fn refresh_steer(&self, cookie: super::netns::NetnsCookie) -> Result<bool> {
-        let Some(mut record) = self.maps.records.get(&cookie.0)? else {
-            return Ok(false);
-        };
-        if record.object_id == object::id() {
-            return Ok(false);
-        }
-        let path = self.pins.pod(cookie);
-        let link = sys::obj_get(&path).map_err(|e| Error::system("open", path.display(), e))?;
-        let alive = sys::netns_link_info(link.as_fd()).is_ok_and(|info| info.target != 0);
-        if !alive {
-            return Ok(false);
-        }
-        let prog = self.programs.load_steer(cookie.0)?;
-        sys::link_update(link.as_fd(), prog.as_fd()).map_err(|e| {
-            Error::system(
-                "replace program",
-                format_args!("culvert_steer of pod {cookie}"),
-                e,
-            )
-        })?;
-        record.object_id = object::id();
-        self.maps.records.set(&cookie.0, &record)?;
-        Ok(true)
     }
 }
 

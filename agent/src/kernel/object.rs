@@ -1,6 +1,6 @@
 //! The eBPF object: embedded, parsed once, its programs ready to be loaded any number of times.
 //!
-//! Per pod only the cookie in `culvert_steer`'s instructions changes. Maps come from the pins or are made
+//! Per pod only the cookie in `culvert_enter`'s instructions changes. Maps come from the pins or are made
 //! here; programs are loaded by [`sys::prog_load`].
 
 use std::{
@@ -74,7 +74,8 @@ pub struct Programs {
     connect: Template,
     sockopt: Template,
     steer: Template,
-    /// Where in `steer` the cookie stands.
+    enter: Template,
+    /// Where in `enter` the cookie stands.
     cookie_at: Vec<usize>,
 }
 
@@ -221,15 +222,16 @@ impl Programs {
                 insns: function.instructions.clone(),
             })
         };
-        let steer = template(programs::STEER, Kind::SkLookup)?;
-        let cookie_at = placeholders(&steer.insns);
+        let enter = template(programs::ENTER, Kind::SkLookup)?;
+        let cookie_at = placeholders(&enter.insns);
         if cookie_at.is_empty() {
-            return Err(broken("culvert_steer has no place for the pod's cookie"));
+            return Err(broken("culvert_enter has no place for the pod's cookie"));
         }
         Ok(Self {
             connect: template(programs::CONNECT, Kind::SockOps)?,
             sockopt: template(programs::SOCKOPT, Kind::Sockopt)?,
-            steer,
+            steer: template(programs::STEER, Kind::SkLookup)?,
+            enter,
             cookie_at,
         })
     }
@@ -244,15 +246,20 @@ impl Programs {
         load(&self.sockopt, &self.sockopt.insns)
     }
 
-    /// Loads the `culvert_steer` of one pod.
-    pub fn load_steer(&self, cookie: u64) -> Result<OwnedFd> {
-        let mut insns = self.steer.insns.clone();
+    /// Loads `culvert_steer`.
+    pub fn load_steer(&self) -> Result<OwnedFd> {
+        load(&self.steer, &self.steer.insns)
+    }
+
+    /// Loads the `culvert_enter` of one pod.
+    pub fn load_enter(&self, cookie: u64) -> Result<OwnedFd> {
+        let mut insns = self.enter.insns.clone();
         for at in &self.cookie_at {
             let (low, high) = halves(cookie);
             insns[*at].imm = low;
             insns[*at + 1].imm = high;
         }
-        load(&self.steer, &insns)
+        load(&self.enter, &insns)
     }
 }
 

@@ -27,7 +27,7 @@ use super::{
     netlink::Rtnetlink,
     netns::{Guard, Netns, NetnsCookie},
     node::Node,
-    object::{self, ATTACH_SK_LOOKUP},
+    object::ATTACH_SK_LOOKUP,
     pins, sockdiag, sys, sysctl,
 };
 use crate::plan::netns::{self as plan, Observed};
@@ -139,7 +139,6 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
                 netns_inode: netns.inode(),
                 netns_dev: netns.dev(),
                 enrolled_at: now.as_secs(),
-                object_id: object::id(),
                 sysctls: sysctl::read_all(&guard)?,
                 pad: 0,
             },
@@ -269,9 +268,9 @@ fn ensure_link(node: &Node, netns: &Netns) -> Result<()> {
         }
         pins::remove(&path)?;
     }
-    let prog = node.programs().load_steer(cookie.0)?;
+    let prog = node.programs().load_enter(cookie.0)?;
     let link = sys::link_create(prog.as_fd(), netns.as_fd(), ATTACH_SK_LOOKUP)
-        .map_err(|e| Error::system("attach culvert_steer to", netns.path().display(), e))?;
+        .map_err(|e| Error::system("attach culvert_enter to", netns.path().display(), e))?;
     sys::obj_pin(link.as_fd(), &path).map_err(|e| Error::system("pin link", path.display(), e))
 }
 
