@@ -118,12 +118,11 @@ const STEER: [Row<Steer>; 12] = [
     (|_| true, Verdict::Inbound),
 ];
 
-fn model<T>(table: &[Row<T>], case: &T) -> Verdict {
+fn model<T>(table: &[Row<T>], case: &T) -> Option<Verdict> {
     table
         .iter()
         .find(|(applies, _)| applies(case))
         .map(|(_, verdict)| *verdict)
-        .expect("the last row applies")
 }
 
 prop_compose! {
@@ -162,13 +161,13 @@ proptest! {
     #[test]
     fn connect_says_what_its_table_says(dst in address(), f in answers()) {
         let loopback = dst.to_canonical().is_loopback();
-        prop_assert_eq!(decide::connect(&Addr::from(dst), &f), model(&CONNECT, &Connect { loopback, f }));
+        prop_assert_eq!(Some(decide::connect(&Addr::from(dst), &f)), model(&CONNECT, &Connect { loopback, f }));
     }
 
     #[test]
     fn steer_says_what_its_table_says(dst in address(), port in port(), f in answers()) {
         let loopback = dst.to_canonical().is_loopback();
-        prop_assert_eq!(decide::steer(&Addr::from(dst), port, &f), model(&STEER, &Steer { loopback, port, f }));
+        prop_assert_eq!(Some(decide::steer(&Addr::from(dst), port, &f)), model(&STEER, &Steer { loopback, port, f }));
     }
 
     #[test]

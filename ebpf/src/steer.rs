@@ -46,7 +46,7 @@ pub fn enter(ctx: &SkLookupContext) -> u32 {
         // the read behind the jump no other namespace's packet runs here.
         unsafe { *slot = cookie };
         // SAFETY: our own context; the array holds sk_lookup programs only.
-        let _ = unsafe { maps::STEER.tail_call(ctx, 0) };
+        unsafe { maps::STEER.tail_call(ctx, 0) };
     }
     // There is always a program behind the jump; if not, closed.
     DROP

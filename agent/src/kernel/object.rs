@@ -1,7 +1,7 @@
 //! The eBPF object: embedded, parsed once, its programs ready to be loaded any number of times.
 //!
 //! Per pod only the cookie in `culvert_enter`'s instructions changes. Maps come from the pins or are made
-//! here; programs are loaded by [`sys::prog_load`].
+//! here; programs are loaded by `sys::prog_load`.
 
 use std::{
     collections::HashMap,
