@@ -2,6 +2,9 @@
 //!
 //! Needs root. Each test makes a [`Mesh`] of its own name; nothing is shared between tests.
 
+pub mod bpf;
+pub mod traffic;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
