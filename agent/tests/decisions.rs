@@ -20,6 +20,7 @@ struct Answers {
     bound: bool,
     on_lo: bool,
     on_virtual: bool,
+    announced: bool,
     dns: bool,
     vouched: bool,
     bypass: bool,
@@ -55,6 +56,9 @@ impl SteerFacts for Answers {
     }
     fn on_virtual_interface(&self) -> bool {
         self.on_virtual
+    }
+    fn announced(&self) -> bool {
+        self.announced
     }
     fn captures_dns(&self) -> bool {
         self.dns
@@ -97,18 +101,21 @@ struct Steer {
     f: Answers,
 }
 
-const STEER: [Row<Steer>; 12] = [
+impl Steer {
+    /// The application's own SYN: by `lo`, or by the device its socket is bound to.
+    fn turned(&self) -> bool {
+        self.f.on_lo || self.f.source_own && self.f.announced
+    }
+}
+
+const STEER: [Row<Steer>; 11] = [
     (|s| s.loopback, Verdict::PassLoopback),
+    (|s| s.f.on_virtual && !s.f.destination_own, Verdict::Virtual),
     (
-        |s| s.f.source_own && !s.f.destination_own && s.port == 53 && s.f.dns,
+        |s| s.turned() && s.f.source_own && !s.f.destination_own && s.port == 53 && s.f.dns,
         Verdict::Dns,
     ),
-    (
-        |s| s.f.source_own && !s.f.destination_own,
-        Verdict::Outbound,
-    ),
-    (|s| s.f.on_virtual && !s.f.destination_own, Verdict::Virtual),
-    (|s| s.f.on_lo && !s.f.destination_own, Verdict::Outbound),
+    (|s| s.turned() && !s.f.destination_own, Verdict::Outbound),
     (|s| !s.f.destination_own, Verdict::UnknownDestination),
     (|s| s.f.on_lo || s.f.source_own, Verdict::PassHome),
     (|s| s.port == 15008, Verdict::Hbone),
@@ -126,10 +133,10 @@ fn model<T>(table: &[Row<T>], case: &T) -> Option<Verdict> {
 }
 
 prop_compose! {
-    fn answers()(bits in any::<[bool; 11]>()) -> Answers {
-        let [ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, dns, vouched, bypass] = bits;
+    fn answers()(bits in any::<[bool; 12]>()) -> Answers {
+        let [ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, announced, dns, vouched, bypass] = bits;
         Answers {
-            ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, dns, vouched, bypass,
+            ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, announced, dns, vouched, bypass,
         }
     }
 }

@@ -57,7 +57,8 @@ pub mod maps {
     pub const POD_BY_ADDR: &str = "POD_BY_ADDR";
     /// [`FourTuple`](super::FourTuple) of node probes between `connect()` and established.
     pub const VOUCHED: &str = "VOUCHED";
-    /// [`FourTuple`](super::FourTuple) to the interface a SYN came in by, for pods with several.
+    /// [`FourTuple`](super::FourTuple) to an interface: the one an inbound SYN came in by, in pods with several;
+    /// the one an outbound SYN will turn round by, from a socket bound to a device.
     pub const INGRESS: &str = "INGRESS";
     /// [`ListenerKey`](super::ListenerKey) to ztunnel's listening socket.
     pub const LISTENERS: &str = "LISTENERS";

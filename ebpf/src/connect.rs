@@ -135,17 +135,24 @@ fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
     let Some(sk) = socket(ops) else { return };
     let current = field!(bpf_sock, sk, mark);
     let tuple = tuple(ops);
+    let bound = field!(bpf_sock, sk, bound_dev_if);
     let facts = Facts {
         cookie,
         pod,
         dst: tuple.dst,
         dst_port: tuple.dst_port,
         ztunnel: is_ztunnel(sk, current, pod, cookie),
-        bound: field!(bpf_sock, sk, bound_dev_if) != 0,
+        bound: bound != 0,
     };
     let verdict = decide::connect(&tuple.dst, &facts);
     match verdict {
-        Verdict::Captured => set_mark(ops, current, mark::OUT),
+        Verdict::Captured => {
+            set_mark(ops, current, mark::OUT);
+            if bound != 0 {
+                // It will turn round by its own device, where `culvert_steer` expects only what it was told of.
+                let _ = maps::INGRESS.insert(tuple, bound, 0);
+            }
+        }
         Verdict::Home => set_mark(ops, current, mark::HOME),
         Verdict::Refused => set_mark(ops, current, mark::REFUSE),
         Verdict::Delivery => {

@@ -50,7 +50,7 @@ pub enum Verdict {
     NoOutboundListener = 17,
     /// steer: the listener an inbound connection needs is missing: dropped.
     NoInboundListener = 18,
-    /// steer: from outside to an address that is not known to be the pod's: dropped.
+    /// steer: not turned round, to an address that is not known to be the pod's: dropped.
     UnknownDestination = 19,
     /// setsockopt: a mark or device binding that would lead round ztunnel was refused or ignored.
     OptionDenied = 20,
@@ -191,6 +191,8 @@ pub trait SteerFacts {
     fn destination_is_own(&self) -> bool;
     /// It is reported on the loopback device.
     fn on_loopback_device(&self) -> bool;
+    /// A socket bound to this device said at `connect()` that it would come.
+    fn announced(&self) -> bool;
     /// It came in by one of the pod's virtual interfaces.
     fn on_virtual_interface(&self) -> bool;
     /// DNS capture is on.
@@ -210,22 +212,18 @@ pub fn steer(dst: &Addr, dst_port: u16, facts: &impl SteerFacts) -> Verdict {
         return Verdict::PassLoopback;
     }
     if !facts.destination_is_own() {
-        return if facts.source_is_own() {
-            if dst_port == port::DOMAIN && facts.captures_dns() {
-                Verdict::Dns
-            } else {
-                Verdict::Outbound
-            }
-        } else if facts.on_virtual_interface() {
-            Verdict::Virtual
-        } else if facts.on_loopback_device() {
-            // An application that bound a foreign source: only its turn-round brings it here.
-            Verdict::Outbound
-        } else {
-            // From outside to an address the tracker has not seen yet. Passing it would skip ztunnel's
-            // policy, steering it inbound would loop (its delivery would look the same): wait.
-            Verdict::UnknownDestination
-        };
+        if facts.on_virtual_interface() {
+            return Verdict::Virtual;
+        }
+        // What the application sends has been turned round: it comes by `lo`, or, from a socket bound to a
+        // device, by that device as announced at connect(). Everything else here is for an address that the
+        // tracker has not seen yet: from outside, or from ztunnel. Passing it would skip ztunnel's policy,
+        // steering it would go round in circles: wait.
+        if !facts.on_loopback_device() && !(facts.source_is_own() && facts.announced()) {
+            return Verdict::UnknownDestination;
+        }
+        let dns = dst_port == port::DOMAIN && facts.captures_dns() && facts.source_is_own();
+        return if dns { Verdict::Dns } else { Verdict::Outbound };
     }
     if facts.on_loopback_device() || facts.source_is_own() {
         return Verdict::PassHome;

@@ -76,6 +76,12 @@ impl SteerFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn announced(&self) -> bool {
+        // SAFETY: one aligned word is read.
+        unsafe { maps::INGRESS.get(self.tuple) }.is_some_and(|ifindex| *ifindex == self.ifindex)
+    }
+
+    #[inline(always)]
     fn on_virtual_interface(&self) -> bool {
         if self.pod.flags & pod_flags::VIRTUAL == 0 {
             return false;

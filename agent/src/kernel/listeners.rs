@@ -10,7 +10,10 @@
 use std::{
     fs, io,
     net::IpAddr,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
 };
 
 use culvert_ebpf::abi::{
@@ -28,6 +31,18 @@ use super::{
 /// Is it a process that can be named as ztunnel?
 pub fn check_process(pid: u32) -> Result<()> {
     const OPERATION: &str = "name as ztunnel";
+    // The programs compare with the number the process has in the initial PID namespace; seen from another one
+    // the number given here would be somebody else's.
+    const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+    let own = fs::metadata("/proc/self/ns/pid").map(|m| m.ino());
+    if own.is_ok_and(|inode| inode != INITIAL_PID_NAMESPACE) {
+        return Err(Error::wrong(
+            OPERATION,
+            format_args!("process {pid}"),
+            "this culvert runs in a PID namespace of its own, where process ids mean something else",
+            "run it in the host's PID namespace (hostPID)",
+        ));
+    }
     let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(|e| {
         Error::system(OPERATION, format_args!("process {pid}"), e)
             .cured_by("give the process id of a running ztunnel, as seen from here")
