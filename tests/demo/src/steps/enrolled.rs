@@ -1,0 +1,92 @@
+//! Step 2: client and web are enrolled under way, and all the same programs do the same again.
+
+use anyhow::{Context as _, Result};
+use culvert_lab::Family;
+
+use crate::kernel::Held;
+use crate::programs;
+use crate::report::Report;
+use crate::stage::Stage;
+use crate::steps::Pages;
+use crate::steps::before::Start;
+use crate::wire::Wire;
+
+pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Result<Held> {
+    let stage = &*stage;
+    report.step("Enrolled: `culvert netns attach` for client and web, then ztunnel is told")?;
+    report.need("both are enrolled", || Ok(((), enrol(stage)?)))?;
+    let held = Held::by(&stage.lab)?;
+
+    let wire = Wire::of(stage, &stage.client)?;
+    let pages = Pages::new("meshed");
+    let out = stage.count(&stage.client, "hbone_out")?;
+    let taken = stage.count(&stage.web, "hbone_in")?;
+    report.need("client asks web with curl", || {
+        Ok(((), pages.fetch(stage, &stage.client)?))
+    })?;
+    report.line("on client's wire", || {
+        let (connections, bytes) = wire.only_tls(&start.steady, &pages.uris())?;
+        Ok(format!(
+            "TLS on port 15008 and nothing else: {connections} connections, {bytes} bytes, no word to read"
+        ))
+    })?;
+    drop(wire);
+    report.line("ztunnel was in the path", || {
+        stage.counted(&stage.client, "hbone_out", out, 2)?;
+        stage.counted(&stage.web, "hbone_in", taken, 2)?;
+        Ok("it carried 2 out of client and 2 into web".to_owned())
+    })?;
+    report.line("nginx logs the client", || {
+        pages.logged_as(stage, &stage.client)
+    })?;
+
+    let pages = Pages::new("legacy");
+    let taken = stage.count(&stage.web, "inbound_accepts")?;
+    report.line("legacy, not in the mesh, asks web", || {
+        pages.fetch(stage, &stage.legacy)?;
+        stage.counted(&stage.web, "inbound_accepts", taken, 2)?;
+        let seen = pages.logged_as(stage, &stage.legacy)?;
+        Ok(format!("nginx logs {seen}; through ztunnel: 2"))
+    })?;
+    let pages = Pages::new("probe-meshed");
+    let taken = stage.count(&stage.web, "inbound_accepts")?;
+    report.line("a probe from the node", || {
+        pages.fetch(stage, stage.lab.node())?;
+        let seen = pages.logged_as(stage, stage.lab.node())?;
+        stage.counted(&stage.web, "inbound_accepts", taken, 0)?;
+        Ok(format!("nginx logs {seen}; through ztunnel: 0"))
+    })?;
+    report.line("the connections from before", || {
+        start.steady.alive(&stage.log)
+    })?;
+    let carried = stage.count(&stage.client, "hbone_out")?;
+    report.line("iperf3 from client to web, 1 s", || {
+        let rate = programs::iperf3(&stage.client, &stage.web, Family::V4)? / 1e9;
+        // One connection for control, one for data.
+        stage.counted(&stage.client, "hbone_out", carried, 2)?;
+        Ok(format!(
+            "{rate:.2} Gbit/s through two ends of ztunnel; it carried both connections"
+        ))
+    })?;
+    Ok(held)
+}
+
+/// The kernel side first, then ztunnel, as the agent does: no listener of ztunnel may be missed.
+fn enrol(stage: &Stage) -> Result<String> {
+    let mut took = Vec::new();
+    for pod in stage.members() {
+        let printed = stage.attach(pod)?;
+        let micros = printed["took_us"]
+            .as_u64()
+            .with_context(|| format!("culvert does not say how long it took: {printed}"))?;
+        took.push(format!(
+            "{} in {}.{} ms",
+            pod.name(),
+            micros / 1000,
+            micros % 1000 / 100
+        ));
+        stage.zds.add_pod(pod)?;
+        stage.wait_for_listeners(pod)?;
+    }
+    Ok(format!("{}; ztunnel listens in both", took.join(", ")))
+}
