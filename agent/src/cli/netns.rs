@@ -154,11 +154,6 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
     for pid in &args.ztunnel {
         listeners::check_process(*pid)?;
     }
-    let (node, _) = Node::load(&options)?;
-    pod::collect(&node)?;
-    for pid in &args.ztunnel {
-        listeners::name_process(&node, *pid)?;
-    }
     let policy = Policy {
         exclude_outbound_cidrs: args.exclude_outbound_cidr.clone(),
         exclude_outbound_ports: args.exclude_outbound_port.clone(),
@@ -169,25 +164,37 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
         dns: args.dns,
         named_ztunnel: !args.ztunnel.is_empty(),
     };
+    policy.check()?;
+    let (node, _) = Node::load(&options)?;
+    pod::collect(&node)?;
+    for pid in &args.ztunnel {
+        listeners::name_process(&node, *pid)?;
+    }
     let mut done = Vec::new();
     let mut failed = Vec::new();
     for netns in &namespaces {
         let started = Instant::now();
-        match pod::attach(&node, netns, &policy) {
-            Ok(outcome) => {
-                let took = started.elapsed();
-                let mut fetched = 0;
-                for pid in &args.ztunnel {
-                    fetched += listeners::fetch(&node, netns, *pid)?;
-                }
-                done.push(json!({
-                    "netns": netns.path(),
-                    "cookie": netns.cookie(),
-                    "result": match outcome { Attached::Enrolled => "enrolled", Attached::Updated => "updated" },
-                    "listeners_fetched": fetched,
-                    "took_us": u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-                }));
-            }
+        let attached =
+            pod::attach(&node, netns, &policy).map(|outcome| (outcome, started.elapsed()));
+        let fetched = |(outcome, took)| {
+            let counts = args
+                .ztunnel
+                .iter()
+                .map(|pid| listeners::fetch(&node, netns, *pid));
+            Ok((
+                outcome,
+                took,
+                counts.sum::<culvert::kernel::Result<usize>>()?,
+            ))
+        };
+        match attached.and_then(fetched) {
+            Ok((outcome, took, fetched)) => done.push(json!({
+                "netns": netns.path(),
+                "cookie": netns.cookie(),
+                "result": match outcome { Attached::Enrolled => "enrolled", Attached::Updated => "updated" },
+                "listeners_fetched": fetched,
+                "took_us": u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+            })),
             // One pod that fails does not hold up the rest.
             Err(error) => failed.push(error),
         }

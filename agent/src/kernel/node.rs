@@ -6,6 +6,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::Instant,
@@ -98,9 +99,15 @@ fn open_maps(pins: &Pins) -> Result<Maps> {
     for (name, want) in object::map_specs()? {
         let path = pins.map(name);
         let fd = sys::obj_get(&path).map_err(|e| {
-            Error::system("open pinned map", path.display(), e).cured_by(
-                "the pin directory is incomplete: `culvert unload --force` removes it (running pods lose capture)",
-            )
+            let missing = e.kind() == io::ErrorKind::NotFound;
+            let error = Error::system("open pinned map", path.display(), e);
+            if missing {
+                error.cured_by(
+                    "the pin directory is incomplete: `culvert unload --force` removes it (running pods lose capture)",
+                )
+            } else {
+                error
+            }
         })?;
         let have =
             sys::map_info(fd.as_fd()).map_err(|e| Error::system("examine", path.display(), e))?;
@@ -190,15 +197,41 @@ impl Node {
             }
         };
         let pins = Pins::at(&options.bpffs);
+        pins.check_bpffs()?;
+        let made_root = !pins.root().exists();
         let _lock = pins.lock()?;
         let adopted = pins.exist();
-        if !adopted {
-            create_maps(&pins)?;
+        let result = Self::load_locked(options, &pins, adopted, cgroup_path, &cgroup);
+        if result.is_err() && !adopted {
+            // A first load that fails leaves nothing; the first error is the one that counts.
+            let swept = pins.clear().and_then(|()| {
+                if made_root {
+                    pins::remove(pins.root())
+                } else {
+                    Ok(())
+                }
+            });
+            if let Err(error) = swept {
+                tracing::warn!(%error, "rolling back a failed load");
+            }
         }
-        let maps = open_maps(&pins)?;
+        result
+    }
+
+    fn load_locked(
+        options: &LoadOptions,
+        pins: &Pins,
+        adopted: bool,
+        cgroup_path: PathBuf,
+        cgroup: &File,
+    ) -> Result<(Self, LoadReport)> {
+        if !adopted {
+            create_maps(pins)?;
+        }
+        let maps = open_maps(pins)?;
         let programs = Programs::new(&maps)?;
         let node = Self {
-            pins,
+            pins: pins.clone(),
             maps,
             programs,
         };
@@ -215,10 +248,10 @@ impl Node {
         report.programs.push(node.place_steer(current)?);
         report
             .programs
-            .push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, &cgroup, current)?);
+            .push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, cgroup, current)?);
         report
             .programs
-            .push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, &cgroup, current)?);
+            .push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, cgroup, current)?);
         report.programs.push(node.check_enter()?);
         let wanted = Config {
             object_id: object::id(),
@@ -370,10 +403,7 @@ pub fn unload(bpffs: &Path, force: bool) -> Result<bool> {
              their rules behind and their traffic uncaptured",
         ));
     }
-    // Links first: a program without its maps would answer wrongly, one without its link not at all.
-    for part in ["pods", "links", "maps"] {
-        pins::remove(&pins.root().join(part))?;
-    }
+    pins.clear()?;
     pins::remove(pins.root())?;
     Ok(true)
 }

@@ -129,6 +129,14 @@ impl Pins {
             .map_err(|(_, e)| Error::system("lock", self.root.display(), e.into()))
     }
 
+    /// Removes every pin, not the directory itself.
+    pub fn clear(&self) -> Result<()> {
+        // Links first: a program without its maps would answer wrongly, one without its link not at all.
+        ["pods", "links", "maps"]
+            .iter()
+            .try_for_each(|part| remove(&self.root.join(part)))
+    }
+
     /// A fresh directory for things in the making; leftovers of makers that died are removed.
     pub fn scratch(&self) -> Result<PathBuf> {
         for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {

@@ -68,6 +68,32 @@ impl Default for Policy {
     }
 }
 
+impl Policy {
+    /// Fails, without looking at anything, if this can be no pod's policy.
+    pub fn check(&self) -> Result<()> {
+        const OPERATION: &str = "enrol with";
+        let names = &self.virtual_interfaces;
+        if names.len() > MAX_VIRTUAL {
+            return Err(Error::wrong(
+                OPERATION,
+                format_args!("{} virtual interfaces", names.len()),
+                "that is too many",
+                format!("name at most {MAX_VIRTUAL}"),
+            ));
+        }
+        let longest = libc::IFNAMSIZ - 1;
+        match names.iter().find(|n| n.is_empty() || n.len() > longest) {
+            Some(name) => Err(Error::wrong(
+                OPERATION,
+                format_args!("virtual interface `{name}`"),
+                "no interface can have this name",
+                format!("give a name of 1 to {longest} bytes, as `ip link` shows it"),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
 /// What [`attach`] found and did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attached {
@@ -91,14 +117,7 @@ pub enum Detached {
 /// Enrols the namespace, or makes an enrolled one be as asked.
 pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
     let cookie = netns.cookie();
-    if policy.virtual_interfaces.len() > MAX_VIRTUAL {
-        return Err(Error::wrong(
-            "enrol",
-            netns.path().display(),
-            format!("{} virtual interfaces", policy.virtual_interfaces.len()),
-            format!("name at most {MAX_VIRTUAL}"),
-        ));
-    }
+    policy.check()?;
     let config = node.config()?;
     if cookie.0 == config.node_cookie || Netns::current()?.cookie() == cookie {
         return Err(Error::wrong(
