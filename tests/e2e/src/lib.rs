@@ -3,6 +3,7 @@
 //! Needs root. Each test makes a [`Mesh`] of its own name; nothing is shared between tests.
 
 pub mod bpf;
+pub mod picture;
 pub mod traffic;
 
 use std::time::{Duration, Instant};
