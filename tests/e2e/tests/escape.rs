@@ -445,6 +445,20 @@ fn interface_added_later(name: &str, watching: bool) {
     let host_end = cage.mesh.lab.add_interface(&cage.a, "net1").unwrap();
     let index = cage.a.ifindex("net1").unwrap();
     assert_eq!(index, next);
+    for (here, there) in [
+        ("10.99.0.2/24", "10.99.0.1/24"),
+        ("fd99::2/64", "fd99::1/64"),
+    ] {
+        cage.a.add_addr("net1", here.parse().unwrap()).unwrap();
+        node.add_addr(&host_end, there.parse().unwrap()).unwrap();
+    }
+    // IPv6 asks for a route by that interface before it sends anything.
+    let by_net1 = Route {
+        dev: Some("net1".to_owned()),
+        metric: Some(4000),
+        ..Route::default_via("fd99::1".parse().unwrap())
+    };
+    cage.a.add_route(&by_net1).unwrap();
     if watcher.is_some() {
         for family in Family::BOTH {
             eventually("the watcher turns the new interface round", || {
@@ -455,6 +469,11 @@ fn interface_added_later(name: &str, watching: bool) {
             })
             .unwrap_or_else(|e| panic!("{e}: {:#?}", cage.a.routes(family)));
         }
+        eventually("the watcher learns the new addresses", || {
+            let shown = cage.mesh.show(&cage.a)?.to_string();
+            Ok(shown.contains("10.99.0.2") && shown.contains("fd99::2"))
+        })
+        .unwrap_or_else(|e| panic!("{e}: {:#}", cage.mesh.show(&cage.a).unwrap()));
     }
     let wire = Capture::start(node, &host_end).unwrap();
     let eth0 = cage.wire();
@@ -508,7 +527,10 @@ fn interface_added_later(name: &str, watching: bool) {
             wire.clear();
         }
     }
-    nothing_escaped(&wire, "net1");
+    // What ztunnel has asked of the node in the pod's name may be answered by this way.
+    wire.none(|p| !p.outgoing && p.is_tcp() && p.dst.port() == PORT)
+        .unwrap();
+    assert!(!wire.contains(NEEDLE).unwrap());
     eth0.none(|p| p.is_tcp() && p.dst == cage.server(Family::of(p.dst.ip())).addr())
         .unwrap();
 }
@@ -563,6 +585,35 @@ fn a_rule_of_somebody_else_added_after_enrolment() {
             nothing_escaped(&wire, &what);
         }
     }
+}
+
+/// The last segments of a connection are answered without a socket, or by what is left of one.
+#[test]
+fn a_closed_connection_says_nothing_outside() {
+    let cage = Cage::shut("closed", &[]);
+    let wire = cage.wire();
+    for family in Family::BOTH {
+        for round in 0..20 {
+            let server = cage.server(family);
+            let stream = connect(&cage.a, server.addr(), LONG).unwrap();
+            cage.talk(&stream, family, "open");
+            let what = format!("{family} round {round}");
+            if round % 2 == 0 {
+                // The client first, in good order.
+                drop(stream);
+            } else {
+                // The client first, with bytes on the way that it will not read.
+                io::Write::write_all(&mut &stream, NEEDLE).unwrap();
+                drop(stream);
+            }
+            server
+                .wait(|all| all.last().is_some_and(|last| last.closed), LONG)
+                .unwrap_or_else(|e| panic!("{what}: {e}"));
+        }
+    }
+    // What was closed last may still be on its way, and ztunnel's FIN is sent again when nobody acknowledges it.
+    std::thread::sleep(Duration::from_secs(1));
+    nothing_escaped(&wire, "closed");
 }
 
 #[test]
