@@ -224,9 +224,14 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
     for role in [role::OUTBOUND, role::INBOUND, role::HBONE] {
         let name = ROLE_NAMES[role as usize];
         if !report.listeners.iter().any(|l| l.role == name) {
-            report.notes.push(format!(
-                "no ztunnel listens as {name}: connections wait, then are refused"
-            ));
+            let then = if role == role::OUTBOUND {
+                "new connections wait, then are refused"
+            } else {
+                "its connections are refused"
+            };
+            report
+                .notes
+                .push(format!("no ztunnel listens as {name}: {then}"));
         }
     }
     for listener in &report.listeners {
