@@ -3,6 +3,8 @@
 //! Needs root. Each test makes a [`Mesh`] of its own name; nothing is shared between tests.
 
 pub mod bpf;
+pub mod cage;
+pub mod killing;
 pub mod picture;
 pub mod traffic;
 
