@@ -5,7 +5,7 @@ mod load;
 mod netns;
 mod output;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use culvert::kernel::{LoadOptions, pins};
@@ -81,6 +81,7 @@ pub(crate) fn run() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let global = &args.global;
     let result = match &args.command {
