@@ -46,13 +46,19 @@ fn load_is_verified_pinned_repeatable_and_undone() {
     let load = || -> Result<_> { lab.culvert(&["-o", "json", "load"])?.ok()?.json() };
     let first = load().unwrap();
     let programs = first["programs"].as_array().unwrap();
-    let names: Vec<_> = programs
+    let mut names: Vec<_> = programs
         .iter()
         .map(|p| p["name"].as_str().unwrap())
         .collect();
+    names.sort_unstable();
     assert_eq!(
         names,
-        ["culvert_connect", "culvert_sockopt", "culvert_steer"]
+        [
+            "culvert_connect",
+            "culvert_enter",
+            "culvert_sockopt",
+            "culvert_steer"
+        ]
     );
     for program in programs {
         assert!(program["bytes_xlated"].as_u64().unwrap() > 0, "{program}");

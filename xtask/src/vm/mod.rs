@@ -232,24 +232,34 @@ fn steps(role: Role, filters: &[String]) -> Vec<Step> {
         name,
         command: command.to_owned(),
     };
+    let clean = || {
+        step(
+            "clean",
+            "left=$(find /sys/fs/bpf -mindepth 1) && echo \"$left\" && test -z \"$left\"",
+        )
+    };
     match role {
         Role::Works => {
             let filters: String = filters
                 .iter()
                 .map(|filter| format!(" {}", quote(filter)))
                 .collect();
-            vec![step(
-                "tests",
-                &format!("exec /bin/vm-tests --test-threads=2{filters}"),
-            )]
+            // First with every default, as on a machine: the tests have a cgroup and a pin directory each.
+            vec![
+                step("preflight", "exec culvert preflight 2>&1"),
+                step("load", "exec culvert load 2>&1"),
+                step("unload", "exec culvert unload 2>&1"),
+                clean(),
+                step(
+                    "tests",
+                    &format!("exec /bin/vm-tests --test-threads=2{filters}"),
+                ),
+            ]
         }
         Role::Refused => vec![
             step("preflight", "exec culvert preflight 2>&1"),
             step("load", "exec culvert load 2>&1"),
-            step(
-                "clean",
-                "left=$(find /sys/fs/bpf -mindepth 1) && echo \"$left\" && test -z \"$left\"",
-            ),
+            clean(),
         ],
     }
 }
@@ -257,7 +267,14 @@ fn steps(role: Role, filters: &[String]) -> Vec<Step> {
 /// What is wrong with what a guest ran.
 fn expectations(role: Role, heard: &Transcript, unfiltered: bool) -> Vec<String> {
     match role {
-        Role::Works => heard.test_complaints("tests", if unfiltered { &REQUIRED } else { &[] }),
+        Role::Works => [
+            heard.success_complaints("preflight", "culvert preflight failed"),
+            heard.success_complaints("load", "culvert load failed"),
+            heard.success_complaints("unload", "culvert unload failed"),
+            heard.success_complaints("clean", "unload left something in bpffs"),
+            heard.test_complaints("tests", if unfiltered { &REQUIRED } else { &[] }),
+        ]
+        .concat(),
         Role::Refused => [
             heard.refusal_complaints("preflight", &MISSING_ON_5_10),
             heard.refusal_complaints("load", &MISSING_ON_5_10),
