@@ -106,7 +106,7 @@ impl Pins {
         ))
     }
 
-    /// Makes the directory and takes the lock, waiting for whoever has it.
+    /// Makes the directory, takes the lock, waiting for whoever has it, and sweeps.
     pub fn lock(&self) -> Result<Lock> {
         self.check_bpffs()?;
         for dir in [
@@ -117,7 +117,9 @@ impl Pins {
             fs::create_dir_all(&dir)
                 .map_err(|e| Error::system("make directory", dir.display(), e))?;
         }
-        self.lock_existing()
+        let lock = self.lock_existing()?;
+        self.sweep()?;
+        Ok(lock)
     }
 
     /// Takes the lock of a directory that must be there.
@@ -129,21 +131,32 @@ impl Pins {
             .map_err(|(_, e)| Error::system("lock", self.root.display(), e.into()))
     }
 
-    /// Removes every pin, not the directory itself.
+    /// Removes every pin, not the directory itself. Killed half-way it leaves what the next call, or the next
+    /// load, clears away.
     pub fn clear(&self) -> Result<()> {
-        // Links first: a program without its maps would answer wrongly, one without its link not at all.
-        ["pods", "links", "maps"]
-            .iter()
-            .try_for_each(|part| remove(&self.root.join(part)))
+        remove(&self.root.join("pods"))?;
+        // In one step there is nothing loaded any more; programs keep their maps until their links are gone.
+        let maps = self.root.join("maps");
+        if maps.exists() {
+            publish(&maps, &self.scratch()?.join("maps"))?;
+        }
+        remove(&self.root.join("links"))?;
+        self.sweep()
     }
 
-    /// A fresh directory for things in the making; leftovers of makers that died are removed.
-    pub fn scratch(&self) -> Result<PathBuf> {
+    /// Removes what makers that died have left.
+    fn sweep(&self) -> Result<()> {
         for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with("new-") {
                 remove(&entry.path())?;
             }
         }
+        Ok(())
+    }
+
+    /// A fresh directory for things in the making; leftovers of makers that died are removed.
+    pub fn scratch(&self) -> Result<PathBuf> {
+        self.sweep()?;
         let dir = self.root.join(format!("new-{}", std::process::id()));
         fs::create_dir(&dir).map_err(|e| Error::system("make directory", dir.display(), e))?;
         Ok(dir)
