@@ -69,6 +69,8 @@ pub(crate) fn accept_all(listener: &Socket, log: &Arc<Log>, service: &Service) {
             let talk = move || {
                 // An error ends the conversation, which is what the log then says.
                 let _cut = converse(&stream, &log, number, &service);
+                // The log still holds the socket: without this the other side would wait for our end of it.
+                let _gone = stream.shutdown(Shutdown::Both);
                 log.update(number, |connection| connection.closed = true);
             };
             threads.extend(
