@@ -96,18 +96,25 @@ impl Stage {
         Ok(ztunnel.pid())
     }
 
-    /// Starts another ztunnel, which is told of the pods that are enrolled.
+    /// Starts another ztunnel, which is told of no pod yet.
     pub(crate) fn start_ztunnel(&mut self) -> Result<u32> {
+        for pod in [&self.client, &self.web] {
+            self.zds.del(pod.name())?;
+        }
         let ztunnel = Ztunnel::start(&self.lab, &self.zds, &self.options)?;
         let pid = ztunnel.pid();
         self.ztunnel = Some(ztunnel);
         Ok(pid)
     }
 
-    /// `culvert netns attach` of a pod for the ztunnel that runs. Returns what it printed.
-    pub(crate) fn attach(&self, pod: &Ns) -> Result<Value> {
+    /// Enrols a pod the way the agent does: `culvert netns attach`, which also says which process is ztunnel, and only
+    /// then ztunnel itself; before, it would be refused its own mark. Returns what `culvert` printed.
+    pub(crate) fn enrol(&self, pod: &Ns) -> Result<Value> {
         let pid = self.ztunnel()?.pid().to_string();
-        first_pod(self.lab.attach(pod, &["--ztunnel", &pid, "-o", "json"])?)
+        let printed = first_pod(self.lab.attach(pod, &["--ztunnel", &pid, "-o", "json"])?)?;
+        self.zds.add_pod(pod)?;
+        self.wait_for_listeners(pod)?;
+        Ok(printed)
     }
 
     /// `culvert netns detach` of a pod. Returns what it printed.
@@ -119,7 +126,7 @@ impl Stage {
     }
 
     /// Waits until all of ztunnel's listeners in a pod are known and `culvert` calls the pod whole.
-    pub(crate) fn wait_for_listeners(&self, pod: &Ns) -> Result<()> {
+    fn wait_for_listeners(&self, pod: &Ns) -> Result<()> {
         let path = pod.path().display().to_string();
         interrupt::wait_for(report::PATIENCE, || {
             let shown = self

@@ -12,7 +12,7 @@ use crate::steps::before::Start;
 use crate::wire::Wire;
 
 /// How long ztunnel is away at least: time for a SYN to be sent, and sent again.
-const AWAY: Duration = Duration::from_millis(1500);
+const AWAY: Duration = Duration::from_millis(1300);
 
 pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Result<()> {
     report.step("ztunnel is killed, and replaced")?;
@@ -27,7 +27,7 @@ pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Res
         }
         Ok((
             waiting,
-            format!("ztunnel {dead} is dead; both wait, {AWAY:.1?} already"),
+            format!("both wait, {AWAY:.1?} after ztunnel (process {dead}) died"),
         ))
     })?;
     report.line("on client's wire", || {
@@ -40,10 +40,9 @@ pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Res
     report.need("another ztunnel starts", || {
         let pid = stage.start_ztunnel()?;
         for pod in stage.members() {
-            stage.attach(pod)?;
-            stage.wait_for_listeners(pod)?;
+            stage.enrol(pod)?;
         }
-        Ok(((), format!("process {pid} listens in both pods")))
+        Ok(((), format!("process {pid}; it listens in both pods")))
     })?;
     report.line("the waiting curls", || {
         let mut took = Vec::new();
