@@ -20,9 +20,15 @@ pub mod mark {
     pub const REFUSE: u32 = 0x112;
     /// Traffic that stays at home: ztunnel delivering to the application, the pod talking to itself.
     pub const HOME: u32 = 0x113;
+    /// ztunnel answering an application of its own pod. It takes the local table like anything else; but what
+    /// the kernel itself answers to it (the last ACK of a socket in TIME_WAIT, a reset) reflects this mark
+    /// and is addressed to the original destination, so it turns round instead of leaving.
+    pub const ANSWER: u32 = 0x115;
     /// Mask under which [`OUT`], [`REFUSE`] and [`HOME`] all read [`FAMILY`]: what must never leave.
     pub const FAMILY_MASK: u32 = 0xffc;
-    /// See [`FAMILY_MASK`].
+    /// Mask under which all of ours read [`FAMILY`]: what no process may set or change.
+    pub const OURS_MASK: u32 = 0xff8;
+    /// See [`FAMILY_MASK`] and [`OURS_MASK`].
     pub const FAMILY: u32 = 0x110;
     /// Mask under which [`OUT`] and [`HOME`], but not [`REFUSE`], read [`OUT`]: what turns round.
     pub const TURN_MASK: u32 = 0xffd;

@@ -162,7 +162,7 @@ fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
             set_mark(ops, current, mark::HOME);
         }
         // A socket that connects a second time may still carry a mark of ours.
-        Verdict::ExcludedOutbound if current & mark::FAMILY_MASK == mark::FAMILY => {
+        Verdict::ExcludedOutbound if current & mark::OURS_MASK == mark::FAMILY => {
             set_mark(ops, current, 0)
         }
         _ => {}
@@ -212,6 +212,10 @@ fn accepted(ops: *mut bpf_sock_ops) {
     // Seen from here the client is the remote side.
     let client = tuple(ops);
     if !is_own(cookie, client.src) {
+        // Accepted from the pod's own application, not from behind a virtual interface.
+        if ours == mark::ZTUNNEL && is_own(cookie, client.dst) {
+            set_mark(ops, field!(bpf_sock, sk, mark), mark::ANSWER);
+        }
         return;
     }
     if ours == mark::HOME {

@@ -219,7 +219,8 @@ pub fn steer(dst: &Addr, dst_port: u16, facts: &impl SteerFacts) -> Verdict {
         // device, by that device as announced at connect(). Everything else here is for an address that the
         // tracker has not seen yet: from outside, or from ztunnel. Passing it would skip ztunnel's policy,
         // steering it would go round in circles: wait.
-        if !facts.on_loopback_device() && !(facts.source_is_own() && facts.announced()) {
+        let turned = facts.on_loopback_device() || facts.source_is_own() && facts.announced();
+        if !turned {
             return Verdict::UnknownDestination;
         }
         let dns = dst_port == port::DOMAIN && facts.captures_dns() && facts.source_is_own();

@@ -105,7 +105,7 @@ fn marking(ctx: *mut bpf_sockopt, sk: *mut bpf_sock, protocol: u32, cookie: u64,
     if low == mark::ZTUNNEL && pod.flags & pod_flags::NAMED_ZTUNNEL == 0 {
         return ALLOW;
     }
-    if low == mark::ZTUNNEL || low & mark::FAMILY_MASK == mark::FAMILY {
+    if low == mark::ZTUNNEL || low & mark::OURS_MASK == mark::FAMILY {
         count(cookie, Verdict::Impostor);
         return REFUSE;
     }
@@ -114,7 +114,7 @@ fn marking(ctx: *mut bpf_sockopt, sk: *mut bpf_sock, protocol: u32, cookie: u64,
         return swallow(ctx, cookie);
     }
     let ours = field!(bpf_sock, sk, mark) & mark::MASK;
-    if ours & mark::FAMILY_MASK != mark::FAMILY {
+    if ours & mark::OURS_MASK != mark::FAMILY {
         return ALLOW;
     }
     // SAFETY: as in `value`, whose check is repeated because the verifier forgets it across the call.

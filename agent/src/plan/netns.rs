@@ -20,6 +20,8 @@ pub const LOCAL_TABLE: u32 = 255;
 pub const PROTOCOL: u8 = 201;
 /// `proto kernel`.
 pub const PROTOCOL_KERNEL: u8 = 2;
+/// Right behind the local table.
+const ANSWER_PREF: u32 = 1;
 /// Where the local table stands while rules change.
 const TEMPORARY_PREF: u32 = 2;
 /// Metric of the turn-round route without a source, for the moment in which the preferred one is gone.
@@ -278,6 +280,10 @@ pub fn desired_rules(family: Family, virtual_interfaces: &[String]) -> Vec<Rule>
         ip_proto: Some(IPPROTO_TCP),
         ..ours(family, Action::Table(TURN_TABLE))
     }));
+    rules.push(Rule {
+        pref: ANSWER_PREF,
+        ..marked(mark::ANSWER, mark::MASK, Action::Table(TURN_TABLE))
+    });
     rules
 }
 
@@ -366,6 +372,11 @@ pub fn enrol(observed: &Observed, virtual_interfaces: &[String]) -> Vec<Step> {
 
 fn rule_steps(observed: &Observed, family: Family, desired: &[Rule]) -> Vec<Step> {
     let mut steps = Vec::new();
+    // Behind the local table order does not matter.
+    let behind = desired
+        .iter()
+        .filter(|r| r.pref != 0 && !observed.rules.contains(r));
+    steps.extend(behind.cloned().map(Step::AddRule));
     let mine: Vec<&Rule> = observed
         .rules
         .iter()
@@ -376,6 +387,7 @@ fn rule_steps(observed: &Observed, family: Family, desired: &[Rule]) -> Vec<Step
             .filter(|r| !desired.contains(r))
             .map(|r| Step::DelRule((*r).clone())),
     );
+    let desired: Vec<Rule> = desired.iter().filter(|r| r.pref == 0).cloned().collect();
     let kept: Vec<&Rule> = mine.into_iter().filter(|r| desired.contains(r)).collect();
     let in_place = desired
         .iter()
