@@ -161,11 +161,17 @@ pub struct Pod {
     pub hold: u64,
     /// Interfaces behind which others than the pod's own processes send (a VM's tap): 0 ends the list.
     pub virtual_ifindexes: [u32; MAX_VIRTUAL],
+    /// Interfaces with a default route, in pods with several: a socket bound to one of these can answer
+    /// whoever reached it by it. 0 ends the list.
+    pub answering_ifindexes: [u32; MAX_ANSWERING],
 }
-const _: () = assert!(size_of::<Pod>() == 48);
+const _: () = assert!(size_of::<Pod>() == 80);
 
 /// Most virtual interfaces of one pod.
 pub const MAX_VIRTUAL: usize = 8;
+
+/// Most interfaces with a default route that are remembered of one pod.
+pub const MAX_ANSWERING: usize = 8;
 
 /// Bits of [`Pod::flags`].
 pub mod pod_flags {

@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use culvert_ebpf::{
     abi::{
-        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, MAX_VIRTUAL, Pod,
-        RoleKey, pod_flags, role,
+        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, MAX_ANSWERING,
+        MAX_VIRTUAL, Pod, RoleKey, pod_flags, role,
     },
     decide::{self, SteerFacts, Verdict},
 };
@@ -162,12 +162,25 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         decided(cookie, missing, &tuple, ifindex);
         return DROP;
     }
-    if pod.flags & pod_flags::MULTI_INTERFACE != 0 && (role == role::INBOUND || role == role::HBONE)
+    if pod.flags & pod_flags::MULTI_INTERFACE != 0
+        && (role == role::INBOUND || role == role::HBONE)
+        && answers_by(pod, ifindex)
     {
         let _ = maps::INGRESS.insert(tuple, ifindex, 0);
     }
     decided(cookie, verdict, &tuple, ifindex);
     PASS
+}
+
+/// Can a socket bound to this interface answer? With asymmetric routes it could not, and is left unbound.
+#[inline(always)]
+fn answers_by(pod: &Pod, ifindex: u32) -> bool {
+    for i in 0..MAX_ANSWERING {
+        if pod.answering_ifindexes[i] == ifindex {
+            return true;
+        }
+    }
+    false
 }
 
 /// Hands the SYN to the newest listener of that role that is alive, and notes when none is.

@@ -58,9 +58,12 @@ pub(super) fn observe(guard: &Guard<'_>, netlink: &mut Rtnetlink) -> Result<Obse
         for message in netlink.dump(RouteNetlinkMessage::GetRoute(request))? {
             if let RouteNetlinkMessage::NewRoute(route) = message {
                 observed.routes.extend(from_route(&route));
+                observed.default_routes.extend(default_interface(&route));
             }
         }
     }
+    observed.default_routes.sort_unstable();
+    observed.default_routes.dedup();
     Ok(observed)
 }
 
@@ -240,6 +243,17 @@ fn from_route(message: &RouteMessage) -> Option<Route> {
     let ours = matches!(route.table, TURN_TABLE | HOLD_TABLE)
         && u8::from(message.header.protocol) == PROTOCOL;
     ours.then_some(route)
+}
+
+/// The interface of a default route that leads somewhere.
+fn default_interface(message: &RouteMessage) -> Option<u32> {
+    if message.header.kind != RouteType::Unicast || message.header.destination_prefix_length != 0 {
+        return None;
+    }
+    message.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
 }
 
 fn to_route(route: &Route) -> RouteMessage {

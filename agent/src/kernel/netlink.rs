@@ -67,14 +67,16 @@ impl Rtnetlink {
         })
     }
 
-    /// Opens one that hears of changes of links and addresses; non-blocking.
+    /// Opens one that hears of changes of links, addresses and routes; non-blocking.
     pub(super) fn subscribe() -> Result<Self> {
         const LINK: u32 = 1;
         const IPV4_ADDRESS: u32 = 5;
+        const IPV4_ROUTE: u32 = 7;
         const IPV6_ADDRESS: u32 = 9;
+        const IPV6_ROUTE: u32 = 11;
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
         socket.bind_auto().map_err(fail("bind"))?;
-        for group in [LINK, IPV4_ADDRESS, IPV6_ADDRESS] {
+        for group in [LINK, IPV4_ADDRESS, IPV4_ROUTE, IPV6_ADDRESS, IPV6_ROUTE] {
             socket.add_membership(group).map_err(fail("subscribe to"))?;
         }
         socket.set_non_blocking(true).map_err(fail("configure"))?;

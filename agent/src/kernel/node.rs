@@ -22,7 +22,7 @@ use super::{
     netns::Netns,
     object::{self, ATTACH_SETSOCKOPT, ATTACH_SOCK_OPS, Programs},
     pins::{self, Lock, Pins},
-    sys,
+    preflight, sys,
 };
 
 /// Settings of [`Node::load`].
@@ -198,6 +198,9 @@ impl Node {
         };
         let pins = Pins::at(&options.bpffs);
         pins.check_bpffs()?;
+        if !pins.exist() {
+            preflight::require_features()?;
+        }
         let made_root = !pins.root().exists();
         let _lock = pins.lock()?;
         let adopted = pins.exist();

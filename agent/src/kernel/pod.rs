@@ -13,8 +13,8 @@ use std::{
 
 use culvert_ebpf::{
     abi::{
-        CidrKey, INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, MAX_VIRTUAL, Pod, PodAddr, PortKey,
-        Record, Role, RoleKey, mark, pod_flags, role,
+        CidrKey, INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, MAX_ANSWERING, MAX_VIRTUAL, Pod,
+        PodAddr, PortKey, Record, Role, RoleKey, mark, pod_flags, role,
     },
     addr::Addr,
 };
@@ -254,6 +254,7 @@ fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
         single_ifindex: 0,
         hold,
         virtual_ifindexes: [0; MAX_VIRTUAL],
+        answering_ifindexes: [0; MAX_ANSWERING],
     };
     set_interfaces(&mut pod, observed, &policy.virtual_interfaces);
     pod
@@ -262,6 +263,14 @@ fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
 fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfaces: &[String]) {
     pod.flags &= !(pod_flags::VIRTUAL | pod_flags::MULTI_INTERFACE);
     pod.virtual_ifindexes = [0; MAX_VIRTUAL];
+    pod.answering_ifindexes = [0; MAX_ANSWERING];
+    for (slot, index) in pod
+        .answering_ifindexes
+        .iter_mut()
+        .zip(&observed.default_routes)
+    {
+        *slot = *index;
+    }
     pod.single_ifindex = observed.single_interface().unwrap_or(0);
     if pod.single_ifindex == 0 {
         pod.flags |= pod_flags::MULTI_INTERFACE;

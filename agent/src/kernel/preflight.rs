@@ -8,7 +8,13 @@ use std::{fs, io, path::Path};
 use aya_obj::generated::bpf_insn;
 use serde::Serialize;
 
-use super::{cgroup, object, pins::Pins, sys};
+use super::{
+    cgroup,
+    error::{Error, Result},
+    object,
+    pins::Pins,
+    sys,
+};
 
 /// One thing Culvert needs.
 #[derive(Clone, Debug, Serialize)]
@@ -133,6 +139,24 @@ const fn calls(helper: i32) -> [bpf_insn; 3] {
         insn(MOV_IMM, 0, 0, 0, 1),
         insn(EXIT, 0, 0, 0, 0),
     ]
+}
+
+/// Refuses a kernel that lacks a feature, naming all it lacks: the verifier would name an instruction.
+pub(super) fn require_features() -> Result<()> {
+    let missing: Vec<_> = features().into_iter().filter(|c| !c.ok).collect();
+    let Some(first) = missing.first() else {
+        return Ok(());
+    };
+    let named: Vec<_> = missing
+        .iter()
+        .map(|c| format!("{} ({})", c.name, c.detail))
+        .collect();
+    Err(Error::wrong(
+        "load programs into",
+        "this kernel",
+        format!("missing: {}", named.join("; ")),
+        format!("{}; `culvert preflight` shows everything", first.cure),
+    ))
 }
 
 fn features() -> Vec<Check> {

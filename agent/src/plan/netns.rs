@@ -119,6 +119,8 @@ pub struct Observed {
     pub rules: Vec<Rule>,
     /// Routes in our tables.
     pub routes: Vec<Route>,
+    /// Interfaces with a default route, in any table but ours.
+    pub default_routes: Vec<u32>,
     /// IPv6 is there and not switched off on `lo`.
     pub ipv6: bool,
 }

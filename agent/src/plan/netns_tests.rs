@@ -34,6 +34,7 @@ fn fresh() -> Observed {
             .flat_map(|f| [kernel(f, 0, LOCAL_TABLE), kernel(f, 32766, 254)])
             .collect(),
         routes: vec![],
+        default_routes: vec![2],
         ipv6: true,
     }
 }
