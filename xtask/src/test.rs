@@ -15,7 +15,12 @@ use crate::{
 const E2E_THREADS: &str = "6";
 
 /// Packages whose tests make network namespaces: they belong to the suite that has root.
-const PRIVILEGED: [&str; 3] = ["culvert-e2e", "culvert-lab", "ztunnel-standin"];
+const PRIVILEGED: [&str; 4] = [
+    "culvert-bench",
+    "culvert-e2e",
+    "culvert-lab",
+    "ztunnel-standin",
+];
 
 /// A set of tests with the same needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
