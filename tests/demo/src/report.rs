@@ -4,7 +4,7 @@ use std::io::{IsTerminal as _, Write as _, stdin, stdout};
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::interrupt;
@@ -79,8 +79,9 @@ impl Report {
         what: &str,
         check: impl FnOnce() -> Result<(T, String)>,
     ) -> Result<T> {
+        // Why is on the page already.
         self.run(what, check)?
-            .with_context(|| format!("cannot go on without \"{what}\""))
+            .map_err(|_| anyhow!("cannot go on without \"{what}\" (see above)"))
     }
 
     fn run<T>(

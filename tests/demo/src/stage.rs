@@ -134,7 +134,10 @@ impl Stage {
                 .culvert(&["-o", "json", "netns", "show", "--netns", &path])?
                 .ok()?
                 .json()?;
-            let known = shown["listeners"].as_array().map_or(0, Vec::len);
+            // One without an address is a dead ztunnel's.
+            let listeners = shown["listeners"].as_array().map(Vec::as_slice);
+            let lives = |listener: &&Value| listener["local"].is_string();
+            let known = listeners.unwrap_or_default().iter().filter(lives).count();
             Ok(if known >= LISTENERS && shown["whole"] == true {
                 Ok(())
             } else {

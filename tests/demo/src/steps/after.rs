@@ -31,15 +31,12 @@ pub(crate) fn play(
             let printed = stage.detach(pod, &[])?;
             ensure!(printed["result"] == "draining", "culvert says {printed}");
             said.push(format!(
-                "{}: {} connections",
+                "{} {} connections",
                 pod.name(),
                 printed["connections"]
             ));
         }
-        Ok((
-            (),
-            format!("new connections at once; draining {}", said.join(", ")),
-        ))
+        Ok(((), format!("draining: {}", said.join(", "))))
     })?;
     report.line("the connections through ztunnel", || {
         meshed.alive(&stage.log)

@@ -27,7 +27,10 @@ pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Res
         }
         Ok((
             waiting,
-            format!("both wait, {AWAY:.1?} after ztunnel (process {dead}) died"),
+            format!(
+                "both wait; ztunnel (process {dead}) died {:.1} s ago",
+                AWAY.as_secs_f64()
+            ),
         ))
     })?;
     report.line("on client's wire", || {
