@@ -14,9 +14,10 @@ mod steady;
 mod steps;
 mod wire;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser as _;
 
 use report::Report;
@@ -41,13 +42,15 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut report = Report::new(args.pause);
-    let result = play(&mut report);
+    let mut places = Vec::new();
+    let result = play(&mut report, &mut places);
     // By now the stage is gone, and all that was on it.
-    if let Some(signal) = interrupt::caught() {
+    let clean = clean(&places);
+    if let (Some(signal), Ok(())) = (interrupt::caught(), &clean) {
         eprintln!("\ninterrupted by {signal}; everything is cleaned up");
         return ExitCode::from(interrupt::exit_code(signal));
     }
-    match result.and_then(|()| report.conclude()) {
+    match result.and(clean).and_then(|()| report.conclude()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -56,12 +59,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn play(report: &mut Report) -> Result<()> {
+fn play(report: &mut Report, places: &mut Vec<PathBuf>) -> Result<()> {
     report.title("Culvert: one node, three pods, and programs as Debian ships them")?;
     let mut stage = Stage::set()?;
+    places.extend(stage.places());
     report.note(&stage.bill()?)?;
     let start = before::play(report, &stage)?;
     let held = enrolled::play(report, &mut stage, &start)?;
     stopped::play(report, &mut stage, &start)?;
     after::play(report, &mut stage, &start, &held)
+}
+
+/// Fails if anything is left in the places the stage took.
+fn clean(places: &[PathBuf]) -> Result<()> {
+    let left: Vec<_> = places.iter().filter(|place| place.exists()).collect();
+    ensure!(
+        left.is_empty(),
+        "left behind: {left:?}; the next run sweeps it"
+    );
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! The node, its three pods and what runs on them. Says who is there; what is played on it is in the steps.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_lab::{Child, CulvertOutput, Family, Lab, Ns, Zds, Ztunnel, ZtunnelOptions};
@@ -78,6 +79,19 @@ impl Stage {
             text.push_str(&format!("   {:<8}{v4:<12}{v6:<9}{role}\n", ns.name()));
         }
         Ok(text)
+    }
+
+    /// Every name it has in the file system.
+    pub(crate) fn places(&self) -> Vec<PathBuf> {
+        let lab = &self.lab;
+        let mut places = vec![
+            lab.bpffs().into(),
+            lab.cgroup().into(),
+            lab.scratch().into(),
+        ];
+        let all = [lab.node(), &self.client, &self.web, &self.legacy];
+        places.extend(all.map(|ns| ns.path().to_path_buf()));
+        places
     }
 
     /// The two pods that become part of the mesh.

@@ -65,6 +65,12 @@ pub(crate) fn play(
             );
             stage.zds.del(pod.name())?;
         }
+        let list = stage.lab.culvert(&["-o", "json", "netns", "list"])?;
+        let list = list.ok()?.json()?;
+        ensure!(
+            list["pods"].as_array().is_some_and(Vec::is_empty),
+            "culvert still lists {list}"
+        );
         Ok((
             (),
             "both pods are detached, ztunnel has let them go".to_owned(),
