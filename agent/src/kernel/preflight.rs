@@ -141,21 +141,29 @@ const fn calls(helper: i32) -> [bpf_insn; 3] {
     ]
 }
 
+const UNTRIED: &str = "cannot be tried without CAP_BPF and CAP_NET_ADMIN";
+
 /// Refuses a kernel that lacks a feature, naming all it lacks: the verifier would name an instruction.
 pub(super) fn require_features() -> Result<()> {
     let missing: Vec<_> = features().into_iter().filter(|c| !c.ok).collect();
-    let Some(first) = missing.first() else {
+    if missing.is_empty() {
         return Ok(());
-    };
+    }
+    const OBJECT: &str = "this kernel";
+    const OPERATION: &str = "load programs into";
+    if missing.iter().any(|c| c.detail == UNTRIED) {
+        let denied = io::Error::from_raw_os_error(libc::EPERM);
+        return Err(Error::system(OPERATION, OBJECT, denied));
+    }
     let named: Vec<_> = missing
         .iter()
         .map(|c| format!("{} ({})", c.name, c.detail))
         .collect();
     Err(Error::wrong(
-        "load programs into",
-        "this kernel",
+        OPERATION,
+        OBJECT,
         format!("missing: {}", named.join("; ")),
-        format!("{}; `culvert preflight` shows everything", first.cure),
+        "boot Linux 6.1 or later; `culvert preflight` shows the cure for each, and all else that is missing",
     ))
 }
 
@@ -210,11 +218,7 @@ fn probe(name: &'static str, kind: object::Kind, insns: &[bpf_insn], cure: Strin
             if e.kind() == io::ErrorKind::PermissionDenied
                 && e.raw_os_error() == Some(libc::EPERM) =>
         {
-            check(
-                name,
-                Err("cannot be tried without CAP_BPF and CAP_NET_ADMIN".to_owned()),
-                "run as root",
-            )
+            check(name, Err(UNTRIED.to_owned()), "run as root")
         }
         Err(e) => check(name, Err(format!("this kernel refuses it: {e}")), cure),
     }
