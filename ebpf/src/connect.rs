@@ -219,7 +219,10 @@ fn accepted(ops: *mut bpf_sock_ops) {
         return;
     }
     if ours == mark::HOME {
-        bind_to(ops, LOOPBACK_IFINDEX);
+        // One to a link-local address is bound to its interface by nature, and reported there.
+        if field!(bpf_sock, sk, bound_dev_if) == 0 {
+            bind_to(ops, LOOPBACK_IFINDEX);
+        }
         return;
     }
     let ifindex = if pod.single_ifindex != 0 {
