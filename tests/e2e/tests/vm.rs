@@ -142,6 +142,82 @@ fn inbound_goes_through_ztunnel_from_the_clients_address() {
 }
 
 #[test]
+fn outbound_to_an_excluded_network_or_port_goes_direct() {
+    let mesh = Mesh::new("vm-excluded").unwrap();
+    let pod = mesh.lab.pod("a").unwrap();
+    let outside = mesh.lab.outside().unwrap();
+    let networks = Family::BOTH.map(|family| {
+        let net = outside.ip(family).unwrap();
+        format!("{net}/{}", family.host_len())
+    });
+    for flags in [
+        vec!["--exclude-outbound-port", "8080"],
+        vec![
+            "--exclude-outbound-cidr",
+            &networks[0],
+            "--exclude-outbound-cidr",
+            &networks[1],
+        ],
+    ] {
+        mesh.enrol(&pod, &flags).unwrap();
+        for family in Family::BOTH {
+            let server = Server::echo(&outside, outside.at(family, 8080).unwrap()).unwrap();
+            let stream = connect(&pod, server.addr(), LONG).unwrap();
+            assert_eq!(roundtrip(&stream, b"direct").unwrap(), b"direct");
+            assert_eq!(server.peers(), [stream.local_addr().unwrap()], "{flags:?}");
+        }
+    }
+    assert_eq!(mesh.stat(&pod, "outbound_accepts").unwrap(), 0);
+    // And back again: what is no longer named is captured.
+    mesh.enrol(&pod, &[]).unwrap();
+    for family in Family::BOTH {
+        let server = Server::echo(&outside, outside.at(family, 8080).unwrap()).unwrap();
+        let stream = connect(&pod, server.addr(), LONG).unwrap();
+        assert_eq!(roundtrip(&stream, b"captured").unwrap(), b"captured");
+    }
+    assert_eq!(mesh.stat(&pod, "outbound_accepts").unwrap(), 2);
+}
+
+#[test]
+fn outbound_and_inbound_with_mptcp_go_through_ztunnel() {
+    let mesh = Mesh::new("vm-mptcp").unwrap();
+    let pod = mesh.lab.pod("a").unwrap();
+    let outside = mesh.lab.outside().unwrap();
+    mesh.enrol(&pod, &[]).unwrap();
+    for family in Family::BOTH {
+        for (from, to, accepts) in [
+            (&pod, &outside, "outbound_accepts"),
+            (&outside, &pod, "inbound_accepts"),
+        ] {
+            let addr = to.at(family, 8080).unwrap();
+            let server = Server::builder(to, addr).mptcp().start().unwrap();
+            let before = mesh.stat(&pod, accepts).unwrap();
+            let stream = Connect::to(addr).mptcp().run(from).unwrap();
+            assert_eq!(roundtrip(&stream, b"hello").unwrap(), b"hello");
+            assert_eq!(mesh.stat(&pod, accepts).unwrap(), before + 1, "{family}");
+            assert_eq!(server.peers()[0].ip(), from.ip(family).unwrap());
+        }
+    }
+}
+
+#[test]
+fn outbound_decisions_are_told_to_who_watches() {
+    let mesh = Mesh::new("vm-events").unwrap();
+    let pod = mesh.lab.pod("a").unwrap();
+    let outside = mesh.lab.outside().unwrap();
+    mesh.enrol(&pod, &[]).unwrap();
+    let server = Server::echo(&outside, outside.at(Family::V4, 8080).unwrap()).unwrap();
+    let events = mesh.lab.culvert_spawn(&["-o", "json", "events"]).unwrap();
+    // Watching begins a moment after the start: until then nothing is written.
+    eventually("a decision is told", || {
+        let stream = connect(&pod, server.addr(), LONG)?;
+        roundtrip(&stream, b"hello")?;
+        Ok(events.stdout().contains("captured"))
+    })
+    .unwrap();
+}
+
+#[test]
 fn hbone_alone_is_on_the_wire_between_enrolled_pods() {
     const SECRET: &[u8] = b"a secret between two pods";
     let (mesh, [a, b]) = Mesh::meshed("vm-hbone", ["a", "b"]).unwrap();
