@@ -1,7 +1,5 @@
 //! What can be seen: decisions as events and counters.
 
-use std::time::Duration;
-
 use culvert_e2e::{LONG, Mesh, eventually};
 use culvert_lab::{Family, Server, connect, roundtrip};
 
