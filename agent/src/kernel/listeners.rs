@@ -17,12 +17,13 @@ use std::{
 };
 
 use culvert_ebpf::abi::{
-    INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, Role, RoleKey, mark, newest_first, port, role,
+    INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, Role, RoleKey, mark,
+    newest_first, port, role,
 };
 
 use super::{
     error::{Error, Result},
-    netns::Netns,
+    netns::{Guard, Netns},
     node::Node,
     sockdiag::{self, TcpSocket},
     sys,
@@ -187,6 +188,64 @@ fn enter(node: &Node, netns: &Netns, role: u32, socket: &OwnedFd) -> Result<()> 
             away_since: 0,
         },
     )
+}
+
+/// Frees the application's listeners of what would keep ztunnel's deliveries from them: a mark of their own
+/// would send their answers out of the pod, and one bound to a device sees nothing that comes by `lo`.
+/// `culvert_sockopt` keeps both from happening once the pod is enrolled; this is for listeners from before.
+/// Returns how many were changed.
+pub(super) fn free(guard: &Guard<'_>) -> Result<usize> {
+    let link_local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let in_the_way = |s: &TcpSocket| {
+        let marked = s.mark != 0 && s.mark & mark::MASK != mark::ZTUNNEL;
+        marked || s.device != 0 && s.device != LOOPBACK_IFINDEX && !link_local(s.local)
+    };
+    let mut wanted: Vec<TcpSocket> = sockdiag::listeners(guard)?
+        .into_iter()
+        .filter(in_the_way)
+        .collect();
+    let mut changed = 0;
+    if wanted.is_empty() {
+        return Ok(0);
+    }
+    // Rare, so a look through all processes is no matter of time.
+    let entries = fs::read_dir("/proc").map_err(|e| Error::system("read", "/proc", e))?;
+    let pids = entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    for pid in pids {
+        if wanted.is_empty() {
+            break;
+        }
+        // Processes end while we look; what cannot be copied is reported below.
+        let Ok(process) = Process::open(pid) else {
+            continue;
+        };
+        wanted.retain(|socket| match process.socket(socket.inode) {
+            Ok(Some(fd)) => match unbind(&fd) {
+                Ok(()) => {
+                    changed += 1;
+                    false
+                }
+                Err(_) => true,
+            },
+            _ => true,
+        });
+    }
+    for socket in wanted {
+        tracing::warn!(
+            local = %socket.local, port = socket.port, mark = socket.mark, device = socket.device,
+            "this listener keeps its mark or device, and ztunnel cannot deliver to it: restart the application"
+        );
+    }
+    Ok(changed)
+}
+
+fn unbind(socket: &OwnedFd) -> Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    let fail = |e: nix::Error| Error::system("free", "a listener of its mark and device", e.into());
+    setsockopt(socket, sockopt::Mark, &0).map_err(fail)?;
+    setsockopt(socket, sockopt::BindToDevice, &std::ffi::OsString::new()).map_err(fail)
 }
 
 /// A process whose descriptors can be copied.

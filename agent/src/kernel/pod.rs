@@ -22,6 +22,7 @@ use ipnet::IpNet;
 
 use super::{
     error::{Error, Result},
+    listeners,
     maps::LpmCidr,
     netconf,
     netlink::Rtnetlink,
@@ -174,6 +175,12 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
         &plan::enrol(&observed, &policy.virtual_interfaces),
     )?;
     sysctl::set_all(&guard)?;
+    if node.maps().pods.get(&cookie.0)?.is_none() {
+        let freed = listeners::free(&guard)?;
+        if freed > 0 {
+            tracing::info!(%cookie, freed, "listeners with a mark or device of their own now take deliveries");
+        }
+    }
     drop(guard);
     set_addresses(node, cookie, &observed.own(), known)?;
     set_exclusions(node, cookie, policy, known)?;

@@ -21,6 +21,8 @@ pub struct TcpSocket {
     pub port: u16,
     /// Local address.
     pub local: IpAddr,
+    /// Device it is bound to; 0 = none.
+    pub device: u32,
     /// SO_MARK.
     pub mark: u32,
     /// Socket cookie, what a sockhash answers with.
@@ -113,6 +115,7 @@ fn parse(message: &[u8]) -> TcpSocket {
         state: message[1],
         port: u16::from_be_bytes([message[4], message[5]]),
         local,
+        device: u32_at(message, 40),
         mark: 0,
         cookie: u64::from(u32_at(message, 44)) | u64::from(u32_at(message, 48)) << 32,
         inode: u32_at(message, 68),
