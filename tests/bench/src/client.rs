@@ -15,7 +15,7 @@ const WARM: u64 = 40;
 const MESSAGE: usize = 100;
 
 /// What is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Measure {
     /// Connect, one byte there, one back, close.
     Connect,

@@ -106,12 +106,12 @@ struct Samples {
 }
 
 /// Runs the rounds.
-pub(crate) fn measure(field: &Field, rounds: usize) -> Result<Vec<Row>> {
+pub(crate) fn measure(field: &Field, rounds: usize, measures: &[Measure]) -> Result<Vec<Row>> {
     let mut samples: Vec<Samples> = FAMILIES
         .into_iter()
         .flat_map(|family| {
-            Measure::ALL.map(|measure| Samples {
-                measure,
+            measures.iter().map(move |measure| Samples {
+                measure: *measure,
                 family,
                 rounds: Vec::new(),
             })

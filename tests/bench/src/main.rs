@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 
+use crate::client::Measure;
 use crate::report::Report;
 
 /// Benchmarks of Culvert; they need root and a quiet machine.
@@ -53,6 +54,9 @@ struct Options {
     /// Only these parts
     #[arg(long, value_enum)]
     only: Vec<Part>,
+    /// Only these measurements of the four ways
+    #[arg(long, value_enum)]
+    measure: Vec<Measure>,
     /// Client and listener on a processor each, not both on one
     #[arg(long)]
     apart: bool,
@@ -77,6 +81,13 @@ enum Part {
 }
 
 impl Options {
+    fn measures(&self) -> Vec<Measure> {
+        if self.measure.is_empty() {
+            return Measure::ALL.to_vec();
+        }
+        self.measure.clone()
+    }
+
     fn wants(&self, part: Part) -> bool {
         self.only.is_empty() || self.only.contains(&part)
     }
@@ -103,7 +114,7 @@ fn main() -> Result<()> {
         let field = datapath::Field::new("bench", options.apart)?;
         if options.wants(Part::Traffic) {
             eprintln!("four ways, {rounds} rounds ...");
-            report.traffic = datapath::measure(&field, rounds)?;
+            report.traffic = datapath::measure(&field, rounds, &options.measures())?;
         }
         if options.wants(Part::Runs) {
             eprintln!("program runs ...");

@@ -19,7 +19,7 @@ fn every_way_leads_to_the_listener_and_is_reported() {
             assert!(slice.unwrap().rate() > 0.0);
         }
     }
-    report.traffic = datapath::measure(&field, 1).unwrap();
+    report.traffic = datapath::measure(&field, 1, &Measure::ALL).unwrap();
     let programs = runs::measure(&field).unwrap();
     let steer = programs.iter().find(|p| p.name == "culvert_steer").unwrap();
     assert!(steer.per_connection >= 1.0, "{steer:?}");

@@ -59,7 +59,8 @@ impl Thread {
         let (tid, started) = mpsc::channel();
         ns.run(|| {
             std::thread::Builder::new()
-                .name("bench".to_owned())
+                // What `perf report --sort comm` tells the ways by.
+                .name(ns.name().to_owned())
                 .spawn(move || {
                     // The receiver waits just below.
                     let _gone = tid.send(gettid());
