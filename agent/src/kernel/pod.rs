@@ -5,33 +5,29 @@
 //! both programs on at once. Whoever is killed in between leaves something the next attach completes or the
 //! next detach undoes. On the way out `PODS` goes first; rules stay until no socket of ours needs them.
 
+mod entries;
+mod release;
+
 use std::{
-    net::IpAddr,
     os::fd::AsFd,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use culvert_ebpf::{
-    abi::{
-        CidrKey, INITIAL_ORDER, LISTENER_SLOTS, ListenerKey, MAX_ANSWERING, MAX_VIRTUAL, Pod,
-        PodAddr, PortKey, Record, Role, RoleKey, mark, pod_flags, role,
-    },
-    addr::Addr,
-};
+use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Record, Role, RoleKey, role};
 use ipnet::IpNet;
+pub use release::{collect, detach};
 
 use super::{
     error::{Error, Result},
-    listeners,
-    maps::LpmCidr,
-    netconf,
+    listeners, netconf,
     netlink::Rtnetlink,
-    netns::{Guard, Netns, NetnsCookie},
+    netns::{Netns, NetnsCookie},
     node::Node,
     object::ATTACH_SK_LOOKUP,
-    pins, sockdiag, sys, sysctl,
+    pins, sys, sysctl,
 };
 use crate::plan::netns::{self as plan, Observed};
+use entries::{pod_entry, set_addresses, set_exclusions, set_interfaces};
 
 /// How a pod is to be treated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,7 +130,7 @@ pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
     let result = enrol(node, netns, policy, known);
     if let (Err(_), true) = (&result, fresh) {
         // Half an enrolment helps nobody: back to how it was. The first error is the one that counts.
-        if let Err(error) = let_go(node, netns) {
+        if let Err(error) = release::let_go(node, netns) {
             tracing::warn!(%cookie, %error, "rolling back a failed attach");
         }
     }
@@ -233,66 +229,6 @@ fn virtual_names(observed: &Observed) -> Vec<String> {
     names
 }
 
-fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
-    let mut flags = 0;
-    for (on, flag) in [
-        (policy.dns, pod_flags::DNS),
-        (policy.bypass_inbound, pod_flags::BYPASS_INBOUND),
-        (!policy.exclude_outbound_cidrs.is_empty(), pod_flags::CIDRS),
-        (
-            !policy.exclude_outbound_ports.is_empty(),
-            pod_flags::OUT_PORTS,
-        ),
-        (
-            !policy.exclude_inbound_ports.is_empty(),
-            pod_flags::IN_PORTS,
-        ),
-        (policy.named_ztunnel, pod_flags::NAMED_ZTUNNEL),
-    ] {
-        if on {
-            flags |= flag;
-        }
-    }
-    let hold = policy.hold.map_or(u64::MAX, |d| {
-        u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
-    });
-    let mut pod = Pod {
-        flags,
-        single_ifindex: 0,
-        hold,
-        virtual_ifindexes: [0; MAX_VIRTUAL],
-        answering_ifindexes: [0; MAX_ANSWERING],
-    };
-    set_interfaces(&mut pod, observed, &policy.virtual_interfaces);
-    pod
-}
-
-fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfaces: &[String]) {
-    pod.flags &= !(pod_flags::VIRTUAL | pod_flags::MULTI_INTERFACE);
-    pod.virtual_ifindexes = [0; MAX_VIRTUAL];
-    pod.answering_ifindexes = [0; MAX_ANSWERING];
-    for (slot, index) in pod
-        .answering_ifindexes
-        .iter_mut()
-        .zip(&observed.default_routes)
-    {
-        *slot = *index;
-    }
-    pod.single_ifindex = observed.single_interface().unwrap_or(0);
-    if pod.single_ifindex == 0 {
-        pod.flags |= pod_flags::MULTI_INTERFACE;
-    }
-    let indexes = observed
-        .links
-        .iter()
-        .filter(|l| virtual_interfaces.contains(&l.name))
-        .map(|l| l.index);
-    for (slot, index) in pod.virtual_ifindexes.iter_mut().zip(indexes) {
-        *slot = index;
-        pod.flags |= pod_flags::VIRTUAL;
-    }
-}
-
 fn ensure_link(node: &Node, netns: &Netns) -> Result<()> {
     let cookie = netns.cookie();
     let path = node.pins().pod(cookie);
@@ -325,260 +261,4 @@ fn ensure_role(node: &Node, cookie: NetnsCookie) -> Result<()> {
         node.maps().roles.set(&key, &role)?;
     }
     Ok(())
-}
-
-/// Makes `own` the pod's addresses. With `known` there may be others from before.
-fn set_addresses(node: &Node, cookie: NetnsCookie, own: &[IpAddr], known: bool) -> Result<()> {
-    let maps = node.maps();
-    let wanted: Vec<Addr> = own.iter().map(|a| Addr::from(*a)).collect();
-    let mut present = Vec::new();
-    if known {
-        present.extend(
-            maps.pod_addrs
-                .keys()?
-                .into_iter()
-                .filter(|k| k.cookie == cookie.0)
-                .map(|k| k.addr),
-        );
-    }
-    for addr in wanted.iter().filter(|a| !present.contains(a)) {
-        maps.pod_addrs.set(
-            &PodAddr {
-                cookie: cookie.0,
-                addr: *addr,
-            },
-            &1,
-        )?;
-    }
-    for addr in own.iter().filter(|a| !is_link_local(**a)) {
-        let addr = Addr::from(*addr);
-        if maps.pod_by_addr.get(&addr)? != Some(cookie.0) {
-            maps.pod_by_addr.set(&addr, &cookie.0)?;
-        }
-    }
-    for addr in present.iter().filter(|a| !wanted.contains(a)) {
-        forget_address(node, cookie, *addr)?;
-    }
-    Ok(())
-}
-
-/// Every pod has its own fe80::/10: as a key for the whole node they mean nothing.
-fn is_link_local(addr: IpAddr) -> bool {
-    matches!(addr, IpAddr::V6(v6) if v6.is_unicast_link_local())
-}
-
-fn forget_address(node: &Node, cookie: NetnsCookie, addr: Addr) -> Result<()> {
-    let maps = node.maps();
-    maps.pod_addrs.remove(&PodAddr {
-        cookie: cookie.0,
-        addr,
-    })?;
-    if maps.pod_by_addr.get(&addr)? == Some(cookie.0) {
-        // Two namespaces may have the same address; the other one's probes stay possible.
-        match maps.pod_addrs.keys()?.into_iter().find(|k| k.addr == addr) {
-            Some(other) => maps.pod_by_addr.set(&addr, &other.cookie)?,
-            None => drop(maps.pod_by_addr.remove(&addr)?),
-        }
-    }
-    Ok(())
-}
-
-fn lpm(cookie: NetnsCookie, net: &IpNet) -> LpmCidr {
-    let mapped = if net.addr().is_ipv4() { 96 } else { 0 };
-    LpmCidr {
-        prefix_len: 64 + mapped + u32::from(net.prefix_len()),
-        data: CidrKey {
-            cookie: cookie.0,
-            addr: Addr::from(net.network()),
-        },
-    }
-}
-
-fn set_exclusions(node: &Node, cookie: NetnsCookie, policy: &Policy, known: bool) -> Result<()> {
-    let maps = node.maps();
-    let port = |port: &u16, inbound| PortKey {
-        cookie: cookie.0,
-        port: *port,
-        inbound,
-        pad: [0; 5],
-    };
-    let out = policy.exclude_outbound_ports.iter().map(|p| port(p, 0));
-    let ports: Vec<PortKey> = out
-        .chain(policy.exclude_inbound_ports.iter().map(|p| port(p, 1)))
-        .collect();
-    let cidrs: Vec<LpmCidr> = policy
-        .exclude_outbound_cidrs
-        .iter()
-        .map(|net| lpm(cookie, net))
-        .collect();
-    for key in &ports {
-        maps.excluded_ports.set(key, &1)?;
-    }
-    for key in &cidrs {
-        maps.excluded_cidrs.set(key, &1)?;
-    }
-    if known {
-        for key in maps
-            .excluded_ports
-            .keys()?
-            .iter()
-            .filter(|k| k.cookie == cookie.0 && !ports.contains(k))
-        {
-            maps.excluded_ports.remove(key)?;
-        }
-        let same = |a: &LpmCidr, b: &LpmCidr| {
-            ({ a.prefix_len } == { b.prefix_len }) && { a.data } == { b.data }
-        };
-        for key in maps.excluded_cidrs.keys()? {
-            if { key.data }.cookie == cookie.0 && !cidrs.iter().any(|c| same(c, &key)) {
-                maps.excluded_cidrs.remove(&key)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Lets the pod go: new connections go direct at once, old ones live on.
-pub fn detach(node: &Node, netns: &Netns) -> Result<Detached> {
-    let _lock = node.lock()?;
-    let_go(node, netns)
-}
-
-fn let_go(node: &Node, netns: &Netns) -> Result<Detached> {
-    let cookie = netns.cookie();
-    let record = node.maps().records.get(&cookie.0)?;
-    forget_maps(node, cookie)?;
-    let guard = netns.enter()?;
-    let needed = sockdiag::marked(&guard, mark::FAMILY, mark::FAMILY_MASK)?;
-    if needed > 0 && record.is_some() {
-        return Ok(Detached::Draining(needed));
-    }
-    let had_rules = undo_namespace(&guard, record.as_ref())?;
-    drop(guard);
-    forget_pod(node, cookie)?;
-    Ok(if record.is_some() || had_rules {
-        Detached::Gone
-    } else {
-        Detached::NotEnrolled
-    })
-}
-
-/// Takes rules, routes and sysctls back; true when there were any.
-fn undo_namespace(guard: &Guard<'_>, record: Option<&Record>) -> Result<bool> {
-    let mut netlink = Rtnetlink::open()?;
-    let observed = netconf::observe(guard, &mut netlink)?;
-    let steps = plan::unenrol(&observed);
-    netconf::apply(guard, &mut netlink, &steps)?;
-    if let Some(record) = record {
-        sysctl::restore(guard, record)?;
-    }
-    Ok(!steps.is_empty())
-}
-
-/// Everything the programs know of the pod. `PODS` first: from then on they leave it alone.
-fn forget_maps(node: &Node, cookie: NetnsCookie) -> Result<()> {
-    let maps = node.maps();
-    maps.pods.remove(&cookie.0)?;
-    for key in maps
-        .pod_addrs
-        .keys()?
-        .into_iter()
-        .filter(|k| k.cookie == cookie.0)
-    {
-        forget_address(node, cookie, key.addr)?;
-    }
-    for key in maps
-        .excluded_ports
-        .keys()?
-        .into_iter()
-        .filter(|k| k.cookie == cookie.0)
-    {
-        maps.excluded_ports.remove(&key)?;
-    }
-    for key in maps
-        .excluded_cidrs
-        .keys()?
-        .into_iter()
-        .filter(|k| { k.data }.cookie == cookie.0)
-    {
-        maps.excluded_cidrs.remove(&key)?;
-    }
-    for role in 0..role::COUNT {
-        maps.roles.remove(&RoleKey {
-            cookie: cookie.0,
-            role,
-            pad: 0,
-        })?;
-        for slot in 0..LISTENER_SLOTS {
-            maps.listeners.remove(&ListenerKey {
-                cookie: cookie.0,
-                role,
-                slot,
-            })?;
-        }
-    }
-    Ok(())
-}
-
-/// The last traces: link, counters, and the record, which is what finds the pod again until now.
-fn forget_pod(node: &Node, cookie: NetnsCookie) -> Result<()> {
-    pins::remove(&node.pins().pod(cookie))?;
-    node.maps().counters.remove(cookie.0)?;
-    node.maps().records.remove(&cookie.0)?;
-    Ok(())
-}
-
-/// Removes what is left of pods whose namespace is gone, and of attaches that were killed before they
-/// changed anything; lets drained pods go for good. Returns how many were cleaned up.
-pub fn collect(node: &Node) -> Result<usize> {
-    let _lock = node.lock()?;
-    let mut done = 0;
-    let mut draining = Vec::new();
-    let pinned = node.pins().pods();
-    for cookie in &pinned {
-        let path = node.pins().pod(*cookie);
-        let link = sys::obj_get(&path).map_err(|e| Error::system("open", path.display(), e))?;
-        let target = sys::netns_link_info(link.as_fd()).map_or(0, |info| info.target);
-        if target == 0 {
-            forget_maps(node, *cookie)?;
-            forget_pod(node, *cookie)?;
-            done += 1;
-        } else if node.maps().pods.get(&cookie.0)?.is_none() {
-            draining.push(*cookie);
-        }
-    }
-    for cookie in node
-        .maps()
-        .records
-        .keys()?
-        .into_iter()
-        .map(NetnsCookie)
-        .filter(|c| !pinned.contains(c))
-    {
-        forget_maps(node, cookie)?;
-        forget_pod(node, cookie)?;
-        done += 1;
-    }
-    if draining.is_empty() {
-        return Ok(done);
-    }
-    let paths = super::netns::paths();
-    for cookie in draining {
-        let Some(record) = node.maps().records.get(&cookie.0)? else {
-            continue;
-        };
-        let at = paths
-            .iter()
-            .find(|(id, _)| *id == (record.netns_dev, record.netns_inode));
-        let Some(netns) = at
-            .and_then(|(_, path)| Netns::open(path).ok())
-            .filter(|n| n.cookie() == cookie)
-        else {
-            continue;
-        };
-        if let_go(node, &netns)? == Detached::Gone {
-            done += 1;
-        }
-    }
-    Ok(done)
 }

@@ -1,0 +1,118 @@
+//! Letting a pod go, and clearing up after those that went by themselves.
+
+use std::os::fd::AsFd;
+
+use culvert_ebpf::abi::{Record, mark};
+
+use super::{Detached, entries::forget_maps};
+use crate::{
+    kernel::{
+        error::{Error, Result},
+        netconf,
+        netlink::Rtnetlink,
+        netns::{self, Guard, Netns, NetnsCookie},
+        node::Node,
+        pins, sockdiag, sys, sysctl,
+    },
+    plan::netns as plan,
+};
+
+/// Lets the pod go: new connections go direct at once, old ones live on.
+pub fn detach(node: &Node, netns: &Netns) -> Result<Detached> {
+    let _lock = node.lock()?;
+    let_go(node, netns)
+}
+
+pub(super) fn let_go(node: &Node, netns: &Netns) -> Result<Detached> {
+    let cookie = netns.cookie();
+    let record = node.maps().records.get(&cookie.0)?;
+    forget_maps(node, cookie)?;
+    let guard = netns.enter()?;
+    let needed = sockdiag::marked(&guard, mark::FAMILY, mark::FAMILY_MASK)?;
+    if needed > 0 && record.is_some() {
+        return Ok(Detached::Draining(needed));
+    }
+    let had_rules = undo_namespace(&guard, record.as_ref())?;
+    drop(guard);
+    forget_pod(node, cookie)?;
+    Ok(if record.is_some() || had_rules {
+        Detached::Gone
+    } else {
+        Detached::NotEnrolled
+    })
+}
+
+/// Takes rules, routes and sysctls back; true when there were any.
+fn undo_namespace(guard: &Guard<'_>, record: Option<&Record>) -> Result<bool> {
+    let mut netlink = Rtnetlink::open()?;
+    let observed = netconf::observe(guard, &mut netlink)?;
+    let steps = plan::unenrol(&observed);
+    netconf::apply(guard, &mut netlink, &steps)?;
+    if let Some(record) = record {
+        sysctl::restore(guard, record)?;
+    }
+    Ok(!steps.is_empty())
+}
+
+/// The last traces: link, counters, and the record, which is what finds the pod again until now.
+fn forget_pod(node: &Node, cookie: NetnsCookie) -> Result<()> {
+    pins::remove(&node.pins().pod(cookie))?;
+    node.maps().counters.remove(cookie.0)?;
+    node.maps().records.remove(&cookie.0)?;
+    Ok(())
+}
+
+/// Removes what is left of pods whose namespace is gone, and of attaches that were killed before they
+/// changed anything; lets drained pods go for good. Returns how many were cleaned up.
+pub fn collect(node: &Node) -> Result<usize> {
+    let _lock = node.lock()?;
+    let mut done = 0;
+    let mut draining = Vec::new();
+    let pinned = node.pins().pods();
+    for cookie in &pinned {
+        let path = node.pins().pod(*cookie);
+        let link = sys::obj_get(&path).map_err(|e| Error::system("open", path.display(), e))?;
+        let target = sys::netns_link_info(link.as_fd()).map_or(0, |info| info.target);
+        if target == 0 {
+            forget_maps(node, *cookie)?;
+            forget_pod(node, *cookie)?;
+            done += 1;
+        } else if node.maps().pods.get(&cookie.0)?.is_none() {
+            draining.push(*cookie);
+        }
+    }
+    for cookie in node
+        .maps()
+        .records
+        .keys()?
+        .into_iter()
+        .map(NetnsCookie)
+        .filter(|c| !pinned.contains(c))
+    {
+        forget_maps(node, cookie)?;
+        forget_pod(node, cookie)?;
+        done += 1;
+    }
+    if draining.is_empty() {
+        return Ok(done);
+    }
+    let paths = netns::paths();
+    for cookie in draining {
+        let Some(record) = node.maps().records.get(&cookie.0)? else {
+            continue;
+        };
+        let at = paths
+            .iter()
+            .find(|(id, _)| *id == (record.netns_dev, record.netns_inode));
+        let Some(netns) = at
+            .and_then(|(_, path)| Netns::open(path).ok())
+            .filter(|n| n.cookie() == cookie)
+        else {
+            continue;
+        };
+        if let_go(node, &netns)? == Detached::Gone {
+            done += 1;
+        }
+    }
+    Ok(done)
+}
