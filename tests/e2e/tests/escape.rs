@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use culvert_e2e::LONG;
@@ -14,7 +14,6 @@ use culvert_e2e::cage::{Cage, MOMENT, NEEDLE, PORT, connect_socket, nothing_esca
 use culvert_lab::{
     Connect, Creds, Family, Route, Rule, RuleAction, Server, connect, roundtrip, sockopt,
 };
-use socket2::Socket;
 
 const WHO: [Creds; 2] = [Creds::Nobody, Creds::Root];
 
@@ -86,66 +85,6 @@ fn a_link_local_source_with_scope() {
             let _either = roundtrip(&stream, NEEDLE);
         }
         nothing_escaped(&wire, &format!("{who}")).unwrap();
-    }
-}
-
-/// Mobile IPv6's header (type 2) and segment routing's (type 4), with one segment and with two.
-fn routing_headers(via: Ipv6Addr, end: Ipv6Addr) -> [(&'static str, Vec<u8>); 3] {
-    let type2 = [vec![0, 2, 2, 1, 0, 0, 0, 0], via.octets().to_vec()].concat();
-    let one = [vec![0, 2, 4, 0, 0, 0, 0, 0], via.octets().to_vec()].concat();
-    let two = [
-        vec![0, 4, 4, 1, 1, 0, 0, 0],
-        end.octets().to_vec(),
-        via.octets().to_vec(),
-    ]
-    .concat();
-    [
-        ("type 2", type2),
-        ("one segment", one),
-        ("two segments", two),
-    ]
-}
-
-#[test]
-fn an_ipv6_routing_header() {
-    let cage = Cage::open("rthdr").unwrap();
-    let (own, via) = (cage.a.v6().unwrap(), cage.b.v6().unwrap());
-    let outside = cage.mesh.lab.outside().unwrap().v6().unwrap();
-    // Each kind this kernel accepts, towards each destination; how many it accepted.
-    let attempt = |who: Creds, after: &dyn Fn(&str)| {
-        let mut accepted = 0;
-        for to in [Ipv6Addr::LOCALHOST, own, via, outside] {
-            for (kind, header) in routing_headers(via, to) {
-                let what = format!("{who} to {to} by {kind}");
-                let option = cage.a.run_as(who, || {
-                    let socket = tcp(Family::V6).unwrap();
-                    let fd = socket.as_fd();
-                    sockopt::set_bytes(fd, libc::IPPROTO_IPV6, libc::IPV6_RTHDR, &header)
-                        .map(|()| socket)
-                });
-                let Ok(socket) = option else { continue };
-                accepted += 1;
-                let to = SocketAddr::new(to.into(), PORT);
-                if connect_socket(&socket, to, MOMENT).is_ok() {
-                    let _either = io::Write::write_all(&mut &socket, NEEDLE);
-                }
-                after(&what);
-            }
-        }
-        accepted
-    };
-    let open = cage.wire().unwrap();
-    attempt(Creds::Nobody, &|_| ());
-    assert!(
-        open.any(|p| p.routing_header).unwrap(),
-        "without us a routing header leads out of the pod:\n{}",
-        open.describe()
-    );
-    cage.enrol(&[]).unwrap();
-    let wire = cage.wire().unwrap();
-    for who in WHO {
-        let accepted = attempt(who, &|what| nothing_escaped(&wire, what).unwrap());
-        assert!(accepted > 0, "this kernel accepts no routing header");
     }
 }
 
@@ -235,54 +174,6 @@ fn without_routing() {
             cage.talk(&stream, family, &what).unwrap();
             nothing_escaped(&wire, &what).unwrap();
         }
-    }
-}
-
-#[test]
-fn a_socket_that_connects_again() {
-    let cage = Cage::shut("again", &[]).unwrap();
-    let wire = cage.wire().unwrap();
-    for family in Family::BOTH {
-        // After a refusal.
-        for ip in [family.loopback(), cage.a.ip(family).unwrap()] {
-            let what = format!("{family}, refused by {ip} before");
-            let socket = cage.a.run_as(Creds::Nobody, || tcp(family).unwrap());
-            let refused = connect_socket(&socket, SocketAddr::new(ip, 9), LONG);
-            assert_eq!(
-                refused.unwrap_err().kind(),
-                io::ErrorKind::ConnectionRefused,
-                "{what}"
-            );
-            connect_socket(&socket, cage.server(family).addr(), LONG)
-                .unwrap_or_else(|e| panic!("{what}: {e}"));
-            cage.talk(&socket.into(), family, &what).unwrap();
-            nothing_escaped(&wire, &what).unwrap();
-        }
-        // After being taken apart, whatever it was connected to.
-        let home = Server::echo(&cage.a, SocketAddr::new(family.loopback(), PORT)).unwrap();
-        for first in [home.addr(), cage.server(family).addr()] {
-            let what = format!("{family}, connected to {first} before");
-            let socket = cage.a.run_as(Creds::Nobody, || tcp(family).unwrap());
-            connect_socket(&socket, first, LONG).unwrap();
-            disconnect(&socket).unwrap();
-            connect_socket(&socket, cage.server(family).addr(), LONG)
-                .unwrap_or_else(|e| panic!("{what}: {e}"));
-            cage.talk(&socket.into(), family, &what).unwrap();
-            nothing_escaped(&wire, &what).unwrap();
-        }
-    }
-}
-
-/// `connect()` to AF_UNSPEC: the socket is as new, but for its options.
-#[expect(unsafe_code, reason = "no safe wrapper makes an address of no family")]
-fn disconnect(socket: &Socket) -> io::Result<()> {
-    let nowhere = [0u8; 16];
-    // SAFETY: the address is as long as said; the kernel reads its family, AF_UNSPEC, and no more.
-    let code = unsafe { libc::connect(socket.as_raw_fd(), nowhere.as_ptr().cast(), 16) };
-    if code == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use culvert_e2e::cage::{Cage, MOMENT, NEEDLE, PORT, connect_socket, nothing_escaped, tcp};
 use culvert_e2e::{LONG, eventually};
 use culvert_lab::{Capture, Connect, Creds, Family, Packet, Route, Server, roundtrip, sockopt};
+use ipnet::IpNet;
 
 /// A SYN that waits is sent again after 1, 3 and 7 seconds; a new ztunnel must be found by then.
 const RETRIES: Duration = Duration::from_secs(20);
@@ -298,4 +299,64 @@ fn an_interface_added_later_is_watched() {
 #[test]
 fn an_interface_added_later_while_nothing_watches() {
     interface_added_later("later", false).unwrap();
+}
+
+/// Routes go with an interface that is set down; what watches puts them back.
+#[test]
+fn an_interface_set_down_and_up() {
+    let cage = Cage::open("flap").unwrap();
+    let index = cage.a.ifindex("eth0").unwrap();
+    let early = Family::BOTH.map(|family| {
+        cage.a.run_as(Creds::Nobody, || {
+            let socket = tcp(family).unwrap();
+            Bind::Name.apply(&socket, "eth0", index).unwrap();
+            (family, socket)
+        })
+    });
+    cage.enrol(&[]).unwrap();
+    let watcher = cage.mesh.lab.culvert_spawn(&["netns", "watch"]).unwrap();
+    watcher.wait_for_output("watching 2", LONG).unwrap();
+    let before = Family::BOTH.map(|family| turned_round(&cage, family, index).unwrap());
+    assert_eq!(before, [true, true]);
+    cage.a.set_down("eth0").unwrap();
+    for family in Family::BOTH {
+        eventually("the kernel takes the routes away", || {
+            Ok(!turned_round(&cage, family, index)?)
+        })
+        .unwrap();
+    }
+    cage.a.set_up("eth0").unwrap();
+    for (family, socket) in early {
+        eventually("the watcher puts them back", || {
+            turned_round(&cage, family, index)
+        })
+        .unwrap();
+        let gateway = cage.mesh.lab.node().ip(family).unwrap();
+        // Both families lose their default route, IPv6 its addresses as well.
+        if family == Family::V6 {
+            let own = IpNet::new(cage.a.ip(family).unwrap(), 64).unwrap();
+            let _kept = cage.a.add_addr("eth0", own);
+            eventually("the watcher knows the address again", || {
+                let shown = cage.mesh.show(&cage.a)?["addresses"].to_string();
+                Ok(shown.contains(&own.addr().to_string()))
+            })
+            .unwrap();
+        }
+        let _kept = cage.a.add_route(&Route::default_via(gateway));
+        let wire = cage.wire().unwrap();
+        connect_socket(&socket, cage.server(family).addr(), LONG)
+            .unwrap_or_else(|e| panic!("{family}: {e}"));
+        cage.talk(&socket.into(), family, "set down and up")
+            .unwrap();
+        nothing_escaped(&wire, "set down and up").unwrap();
+    }
+}
+
+/// Whether the pod has our route for what is bound to that interface.
+fn turned_round(cage: &Cage, family: Family, ifindex: u32) -> Result<bool> {
+    let oif = format!("Oif({ifindex})");
+    let routes = cage.a.routes(family)?;
+    Ok(routes
+        .iter()
+        .any(|r| r.contains("Table(15001)") && r.contains(&oif)))
 }
