@@ -2,7 +2,7 @@
 //! elsewhere. Options used to get past ztunnel are in `escape` and `impostor`.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -33,27 +33,6 @@ fn talk(client: &Ns, server: &Server, seen_as: IpAddr) -> Result<()> {
     let last = peers.last().context("nobody came")?.ip().to_canonical();
     ensure!(last == seen_as, "seen as {last} instead of {seen_as}");
     Ok(())
-}
-
-#[test]
-fn the_clients_address_is_preserved_in_hbone_and_in_plaintext() {
-    let (mesh, [a, b]) = Mesh::meshed("client-address", ["a", "b"]).unwrap();
-    let outside = mesh.lab.outside().unwrap();
-    for family in Family::BOTH {
-        let server = Server::echo(&b, b.at(family, APP).unwrap()).unwrap();
-        for client in [&a, &outside] {
-            talk(client, &server, client.ip(family).unwrap()).unwrap();
-        }
-        // As well by who listens for both families at once.
-        let any = SocketAddr::new(Family::V6.unspecified(), APP + 1);
-        let any = Server::builder(&b, any).v6only(false).start().unwrap();
-        for client in [&a, &outside] {
-            let stream = connect(client, b.at(family, APP + 1).unwrap(), LONG).unwrap();
-            roundtrip(&stream, b"hello").unwrap();
-            let seen = any.peers().last().unwrap().ip().to_canonical();
-            assert_eq!(seen, client.ip(family).unwrap());
-        }
-    }
 }
 
 #[test]
@@ -216,79 +195,6 @@ fn a_mark_for_the_applications_own_ends() {
     }
 }
 
-/// Listeners to which an application has given a mark.
-fn marked_listeners(pod: &Ns) -> Result<Vec<Server>> {
-    let mut servers = Vec::new();
-    for (number, mark) in (0..).zip([0x42, 0xabc0_0000, 0xabc0_0042]) {
-        for family in Family::BOTH {
-            let at = pod.at(family, APP + number)?;
-            servers.push(Server::builder(pod, at).mark(mark).start()?);
-        }
-    }
-    Ok(servers)
-}
-
-#[test]
-fn a_listener_with_a_mark_set_after_enrolment() {
-    let (_mesh, pod, outside) = one_pod("listener-mark").unwrap();
-    for server in marked_listeners(&pod).unwrap() {
-        let family = Family::of(server.addr().ip());
-        for client in [&outside, &pod] {
-            talk(client, &server, client.ip(family).unwrap())
-                .unwrap_or_else(|e| panic!("{} from {}: {e:?}", server.addr(), client.name()));
-        }
-    }
-}
-
-/// What such a listener accepts would keep the listener's mark, and its answer to ztunnel would leave the pod: enrolling
-/// takes the mark from it.
-#[test]
-fn a_listener_with_a_mark_from_before_enrolment() {
-    let mesh = Mesh::new("listener-mark-early").unwrap();
-    let pod = mesh.lab.pod("a").unwrap();
-    let outside = mesh.lab.outside().unwrap();
-    let servers = marked_listeners(&pod).unwrap();
-    mesh.enrol(&pod, &["--probe-source", "none"]).unwrap();
-    let before = mesh.stat(&pod, "inbound_accepts").unwrap();
-    for server in &servers {
-        let family = Family::of(server.addr().ip());
-        for client in [&outside, &pod] {
-            talk(client, server, client.ip(family).unwrap()).unwrap();
-        }
-    }
-    let through = before + u64::try_from(servers.len()).unwrap();
-    eventually("ztunnel delivered to each", || {
-        Ok(mesh.stat(&pod, "inbound_accepts")? == through)
-    })
-    .unwrap();
-}
-
-/// A delivery comes by `lo`: bound before or after enrolment, the listener must not see its device alone.
-#[test]
-fn a_listener_bound_to_a_device() {
-    for early in [true, false] {
-        let mesh = Mesh::new("listener-device").unwrap();
-        let pod = mesh.lab.pod("a").unwrap();
-        let outside = mesh.lab.outside().unwrap();
-        let servers = || {
-            Family::BOTH.map(|family| {
-                Server::builder(&pod, pod.at(family, APP).unwrap())
-                    .device("eth0")
-                    .start()
-                    .unwrap()
-            })
-        };
-        let bound_early = early.then(servers);
-        mesh.enrol(&pod, &["--probe-source", "none"]).unwrap();
-        for server in bound_early.unwrap_or_else(servers) {
-            let family = Family::of(server.addr().ip());
-            for client in [&outside, &pod] {
-                talk(client, &server, client.ip(family).unwrap()).unwrap();
-            }
-        }
-    }
-}
-
 #[test]
 fn mptcp() {
     let cage = Cage::shut("mptcp", &["--probe-source", "none"]).unwrap();
@@ -366,78 +272,6 @@ fn the_pods_own_link_local_addresses() {
     assert_eq!(mesh.stat(&pod, "inbound_accepts").unwrap(), 0);
 }
 
-/// A datagram there and back; who it came from.
-fn datagram(client: &Ns, server: &Ns, at: SocketAddr) -> Result<SocketAddr> {
-    let listening = server.run(|| UdpSocket::bind(at))?;
-    listening.set_read_timeout(Some(LONG))?;
-    let any = SocketAddr::new(Family::of(at.ip()).unspecified(), 0);
-    let asking = client.run(|| UdpSocket::bind(any).and_then(|s| s.connect(at).map(|()| s)))?;
-    asking.set_read_timeout(Some(LONG))?;
-    asking.send(b"question")?;
-    let mut words = [0; 64];
-    let (length, from) = listening.recv_from(&mut words)?;
-    ensure!(words.get(..length) == Some(b"question".as_slice()));
-    listening.send_to(b"answer", from)?;
-    let length = asking.recv(&mut words)?;
-    ensure!(words.get(..length) == Some(b"answer".as_slice()));
-    Ok(from)
-}
-
-#[test]
-fn udp_is_left_alone() {
-    let (mesh, pod, outside) = one_pod("udp").unwrap();
-    for family in Family::BOTH {
-        // Port 53 as well: nobody asked for DNS capture. And ztunnel's numbers mean TCP ports.
-        for port in [53, 15001, 15006, 15008, 9999] {
-            for (client, server) in [(&pod, &outside), (&outside, &pod), (&pod, &pod)] {
-                let at = server.at(family, port).unwrap();
-                let from = datagram(client, server, at)
-                    .unwrap_or_else(|e| panic!("{} to {at}: {e:?}", client.name()));
-                assert_eq!(from.ip(), client.ip(family).unwrap());
-            }
-        }
-        let loopback = SocketAddr::new(family.loopback(), 9999);
-        datagram(&pod, &pod, loopback).unwrap();
-    }
-    let stats = mesh.ztunnel.pod_stats("a").unwrap();
-    for name in ["outbound_accepts", "inbound_accepts", "dns_queries"] {
-        assert_eq!(stats[name], 0, "{name}");
-    }
-}
-
-#[test]
-fn two_pods_of_one_node() {
-    let lab_mesh = Mesh::meshed("same-node", ["a", "b"]);
-    let (mesh, [a, b]) = lab_mesh.unwrap();
-    let (c, d) = (mesh.lab.pod("c").unwrap(), mesh.lab.pod("d").unwrap());
-    for family in Family::BOTH {
-        let at = |pod: &Ns| Server::echo(pod, pod.at(family, APP).unwrap()).unwrap();
-        let servers = [&a, &b, &c, &d].map(at);
-        let ip = |pod: &Ns| pod.ip(family).unwrap();
-        let stats = |pod: &str| mesh.ztunnel.pod_stats(pod).unwrap();
-        let grew = |pod: &str, name: &str, before: &serde_json::Value| {
-            let (now, then) = (stats(pod)[name].as_u64(), before[name].as_u64());
-            now.unwrap() - then.unwrap()
-        };
-        // Both enrolled.
-        let before = (stats("a"), stats("b"));
-        talk(&a, &servers[1], ip(&a)).unwrap();
-        assert_eq!(grew("a", "hbone_out", &before.0), 1);
-        assert_eq!(grew("b", "hbone_in", &before.1), 1);
-        // The client alone.
-        talk(&a, &servers[2], ip(&a)).unwrap();
-        assert_eq!(grew("a", "passthrough_out", &before.0), 1);
-        // The server alone.
-        talk(&c, &servers[0], ip(&c)).unwrap();
-        assert_eq!(grew("a", "inbound_accepts", &before.0), 1);
-        // Neither.
-        let before = (stats("a"), stats("b"));
-        talk(&c, &servers[3], ip(&c)).unwrap();
-        talk(&d, &servers[2], ip(&d)).unwrap();
-        assert_eq!((stats("a"), stats("b")), before);
-    }
-}
-
 /// Half of a connection closed stays so, and the other half goes on.
 #[test]
 fn a_connection_closed_on_one_side() {
@@ -457,4 +291,17 @@ fn a_connection_closed_on_one_side() {
         stream.read_to_end(&mut heard).unwrap();
         assert_eq!(heard, [b"first words".as_slice(), NEEDLE].concat());
     }
+}
+
+/// The unspecified address means the pod itself.
+#[test]
+fn the_unspecified_destination() {
+    let (mesh, pod, _) = one_pod("unspecified").unwrap();
+    for family in Family::BOTH {
+        let server = Server::echo(&pod, SocketAddr::new(family.unspecified(), APP)).unwrap();
+        let to = SocketAddr::new(family.unspecified(), APP);
+        roundtrip(&connect(&pod, to, LONG).unwrap(), b"here").unwrap();
+        assert_eq!(server.count(), 1);
+    }
+    assert_eq!(mesh.stat(&pod, "outbound_accepts").unwrap(), 0);
 }

@@ -1,0 +1,103 @@
+//! The application's listening sockets with options of its own, from before enrolment and from after it.
+
+use std::net::IpAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_e2e::{LONG, Mesh, eventually};
+use culvert_lab::{Family, Ns, Server, connect, roundtrip};
+
+const APP: u16 = 8080;
+
+/// One enrolled pod and the rest of the world.
+fn one_pod(name: &str) -> Result<(Mesh, Ns, Ns)> {
+    let mesh = Mesh::new(name)?;
+    let pod = mesh.lab.pod("a")?;
+    let outside = mesh.lab.outside()?;
+    mesh.enrol(&pod, &["--probe-source", "none"])?;
+    Ok((mesh, pod, outside))
+}
+
+/// Talks to an echo server, which must see this client.
+fn talk(client: &Ns, server: &Server, seen_as: IpAddr) -> Result<()> {
+    let before = server.count();
+    let stream = connect(client, server.addr(), LONG)?;
+    ensure!(roundtrip(&stream, b"hello")? == b"hello");
+    let peers = server.peers();
+    ensure!(peers.len() == before + 1, "came as {peers:?}");
+    let last = peers.last().context("nobody came")?.ip().to_canonical();
+    ensure!(last == seen_as, "seen as {last} instead of {seen_as}");
+    Ok(())
+}
+
+/// Listeners to which an application has given a mark.
+fn marked_listeners(pod: &Ns) -> Result<Vec<Server>> {
+    let mut servers = Vec::new();
+    for (number, mark) in (0..).zip([0x42, 0xabc0_0000, 0xabc0_0042]) {
+        for family in Family::BOTH {
+            let at = pod.at(family, APP + number)?;
+            servers.push(Server::builder(pod, at).mark(mark).start()?);
+        }
+    }
+    Ok(servers)
+}
+
+#[test]
+fn a_listener_with_a_mark_set_after_enrolment() {
+    let (_mesh, pod, outside) = one_pod("listener-mark").unwrap();
+    for server in marked_listeners(&pod).unwrap() {
+        let family = Family::of(server.addr().ip());
+        for client in [&outside, &pod] {
+            talk(client, &server, client.ip(family).unwrap())
+                .unwrap_or_else(|e| panic!("{} from {}: {e:?}", server.addr(), client.name()));
+        }
+    }
+}
+
+/// What such a listener accepts would keep the listener's mark, and its answer to ztunnel would leave the pod: enrolling
+/// takes the mark from it.
+#[test]
+fn a_listener_with_a_mark_from_before_enrolment() {
+    let mesh = Mesh::new("listener-mark-early").unwrap();
+    let pod = mesh.lab.pod("a").unwrap();
+    let outside = mesh.lab.outside().unwrap();
+    let servers = marked_listeners(&pod).unwrap();
+    mesh.enrol(&pod, &["--probe-source", "none"]).unwrap();
+    let before = mesh.stat(&pod, "inbound_accepts").unwrap();
+    for server in &servers {
+        let family = Family::of(server.addr().ip());
+        for client in [&outside, &pod] {
+            talk(client, server, client.ip(family).unwrap()).unwrap();
+        }
+    }
+    let through = before + u64::try_from(servers.len()).unwrap();
+    eventually("ztunnel delivered to each", || {
+        Ok(mesh.stat(&pod, "inbound_accepts")? == through)
+    })
+    .unwrap();
+}
+
+/// A delivery comes by `lo`: bound before or after enrolment, the listener must not see its device alone.
+#[test]
+fn a_listener_bound_to_a_device() {
+    for early in [true, false] {
+        let mesh = Mesh::new("listener-device").unwrap();
+        let pod = mesh.lab.pod("a").unwrap();
+        let outside = mesh.lab.outside().unwrap();
+        let servers = || {
+            Family::BOTH.map(|family| {
+                Server::builder(&pod, pod.at(family, APP).unwrap())
+                    .device("eth0")
+                    .start()
+                    .unwrap()
+            })
+        };
+        let bound_early = early.then(servers);
+        mesh.enrol(&pod, &["--probe-source", "none"]).unwrap();
+        for server in bound_early.unwrap_or_else(servers) {
+            let family = Family::of(server.addr().ip());
+            for client in [&outside, &pod] {
+                talk(client, &server, client.ip(family).unwrap()).unwrap();
+            }
+        }
+    }
+}
