@@ -20,8 +20,6 @@ pub const LOCAL_TABLE: u32 = 255;
 pub const PROTOCOL: u8 = 201;
 /// `proto kernel`.
 pub const PROTOCOL_KERNEL: u8 = 2;
-/// Right behind the local table.
-const ANSWER_PREF: u32 = 1;
 /// Where the local table stands while rules change.
 const TEMPORARY_PREF: u32 = 2;
 /// Metric of the turn-round route without a source, for the moment in which the preferred one is gone.
@@ -260,7 +258,7 @@ fn is_local(rule: &Rule, family: Family, pref: u32) -> bool {
     plain && rule.family == family && rule.pref == pref && rule.action == Action::Table(LOCAL_TABLE)
 }
 
-/// Our rules of one family, in order.
+/// The rules of one family at pref 0, in order: ours, and the local table among them.
 #[must_use]
 pub fn desired_rules(family: Family, virtual_interfaces: &[String]) -> Vec<Rule> {
     let marked = |value, mask, action| Rule {
@@ -282,10 +280,8 @@ pub fn desired_rules(family: Family, virtual_interfaces: &[String]) -> Vec<Rule>
         ip_proto: Some(IPPROTO_TCP),
         ..ours(family, Action::Table(TURN_TABLE))
     }));
-    rules.push(Rule {
-        pref: ANSWER_PREF,
-        ..marked(mark::ANSWER, mark::MASK, Action::Table(TURN_TABLE))
-    });
+    rules.push(local(family, 0));
+    rules.push(marked(mark::ANSWER, mark::MASK, Action::Table(TURN_TABLE)));
     rules
 }
 
@@ -372,61 +368,48 @@ pub fn enrol(observed: &Observed, virtual_interfaces: &[String]) -> Vec<Step> {
     steps
 }
 
-fn rule_steps(observed: &Observed, family: Family, desired: &[Rule]) -> Vec<Step> {
-    let mut steps = Vec::new();
-    // Behind the local table order does not matter.
-    let behind = desired
-        .iter()
-        .filter(|r| r.pref != 0 && !observed.rules.contains(r));
-    steps.extend(behind.cloned().map(Step::AddRule));
-    let mine: Vec<&Rule> = observed
+fn rule_steps(observed: &Observed, family: Family, wanted: &[Rule]) -> Vec<Step> {
+    let mine = |r: &&Rule| r.family == family && r.protocol == PROTOCOL && !r.foreign;
+    let extra = observed
         .rules
         .iter()
-        .filter(|r| r.family == family && r.protocol == PROTOCOL && !r.foreign)
-        .collect();
-    steps.extend(
-        mine.iter()
-            .filter(|r| !desired.contains(r))
-            .map(|r| Step::DelRule((*r).clone())),
-    );
-    let desired: Vec<Rule> = desired.iter().filter(|r| r.pref == 0).cloned().collect();
-    let kept: Vec<&Rule> = mine.into_iter().filter(|r| desired.contains(r)).collect();
-    let in_place = desired
-        .iter()
-        .zip(&kept)
-        .take_while(|(want, have)| want == *have)
-        .count();
+        .filter(mine)
+        .filter(|r| !wanted.contains(r));
+    let mut steps: Vec<Step> = extra.cloned().map(Step::DelRule).collect();
 
-    let position = |rule: &Rule| observed.rules.iter().position(|r| r == rule);
-    let local_at = observed.rules.iter().position(|r| is_local(r, family, 0));
-    let local_last =
-        local_at.is_some_and(|at| desired.iter().all(|r| position(r).is_none_or(|p| p < at)));
-    let temporary = observed
+    let is_local_rule = |r: &Rule| is_local(r, family, 0);
+    let same = |a: &Rule, b: &Rule| a == b || is_local_rule(a) && is_local_rule(b);
+    let present: Vec<&Rule> = observed
+        .rules
+        .iter()
+        .filter(|r| wanted.iter().any(|w| same(w, r)))
+        .collect();
+    let in_place = wanted
+        .iter()
+        .zip(&present)
+        .take_while(|(want, have)| same(want, have))
+        .count();
+    let tail = &wanted[in_place..];
+
+    let has_temporary = observed
         .rules
         .iter()
         .any(|r| is_local(r, family, TEMPORARY_PREF));
-    if in_place == desired.len() && local_last {
-        if temporary {
-            steps.push(Step::DelRule(local(family, TEMPORARY_PREF)));
-        }
-        return steps;
-    }
-    if !temporary {
+    let moves_local = tail.iter().any(is_local_rule);
+    if moves_local && !has_temporary {
         steps.push(Step::AddRule(local(family, TEMPORARY_PREF)));
-    }
-    if local_at.is_some() {
-        steps.push(Step::DelRule(local(family, 0)));
     }
     // From the first that is missing or out of order, each goes to the end in turn. The refusing rule is
     // behind the turning ones, so between two steps a marked packet is refused, never let out.
-    for rule in &desired[in_place..] {
-        if kept.contains(&rule) {
+    for rule in tail {
+        if present.iter().any(|have| same(rule, have)) {
             steps.push(Step::DelRule(rule.clone()));
         }
         steps.push(Step::AddRule(rule.clone()));
     }
-    steps.push(Step::AddRule(local(family, 0)));
-    steps.push(Step::DelRule(local(family, TEMPORARY_PREF)));
+    if moves_local || has_temporary {
+        steps.push(Step::DelRule(local(family, TEMPORARY_PREF)));
+    }
     steps
 }
 

@@ -128,20 +128,20 @@ add route -4 local default dev #2 src 10.0.0.5 metric 1002 table 15001
 add route -6 local default dev #1 metric 50 table 15001
 add route -6 local default dev #2 metric 1002 table 15001
 add route -6 blackhole fd00::5 metric 1024 table 15002
-add rule -4 pref 1 fwmark 0x115/0xfff lookup 15001
 add rule -4 pref 2 lookup local
-del rule -4 pref 0 lookup local
 add rule -4 pref 0 fwmark 0x111/0xffd lookup 15001
 add rule -4 pref 0 fwmark 0x110/0xffc unreachable
+del rule -4 pref 0 lookup local
 add rule -4 pref 0 lookup local
+add rule -4 pref 0 fwmark 0x115/0xfff lookup 15001
 del rule -4 pref 2 lookup local
-add rule -6 pref 1 fwmark 0x115/0xfff lookup 15001
 add rule -6 pref 2 lookup local
-del rule -6 pref 0 lookup local
 add rule -6 pref 0 fwmark 0x111/0xfff lookup 15002
 add rule -6 pref 0 fwmark 0x111/0xffd lookup 15001
 add rule -6 pref 0 fwmark 0x110/0xffc unreachable
+del rule -6 pref 0 lookup local
 add rule -6 pref 0 lookup local
+add rule -6 pref 0 fwmark 0x115/0xfff lookup 15001
 del rule -6 pref 2 lookup local
 ";
     assert_eq!(print(&enrol(&fresh(), &[])), golden);
