@@ -4,6 +4,7 @@
 //! Client and ztunnel choose from the same small range, and every connection stays open until the last, so that hundreds
 //! of the two thousand collide.
 
+use std::collections::HashSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread::JoinHandle;
@@ -20,16 +21,17 @@ const APP: u16 = 8080;
 
 /// Answers every connection once, keeps it, and answers each a second time.
 struct App {
-    thread: JoinHandle<Result<()>>,
+    thread: JoinHandle<Result<Vec<u16>>>,
 }
 
 impl App {
     fn start(pod: &Ns, at: SocketAddr, connections: u16) -> Result<Self> {
         let listener = pod.run(|| TcpListener::bind(at))?;
         let thread = std::thread::spawn(move || {
-            let mut open = Vec::new();
+            let (mut open, mut ports) = (Vec::new(), Vec::new());
             for number in 0..connections {
-                let (stream, _) = listener.accept().context("accepting")?;
+                let (stream, peer) = listener.accept().context("accepting")?;
+                ports.push(peer.port());
                 stream.set_read_timeout(Some(LONG))?;
                 answer(&stream).with_context(|| format!("the app's connection {number}"))?;
                 open.push(stream);
@@ -37,16 +39,24 @@ impl App {
             for (number, stream) in open.iter().enumerate() {
                 answer(stream).with_context(|| format!("the app's connection {number}, again"))?;
             }
-            Ok(())
+            Ok(ports)
         });
         Ok(Self { thread })
     }
 
-    fn end(self) -> Result<()> {
-        match self.thread.join() {
-            Ok(ended) => ended,
+    /// Fails if it did, or if too few ports of deliveries were the client's as well: then nothing was tested.
+    fn end(self, clients: &HashSet<u16>) -> Result<()> {
+        let ports = match self.thread.join() {
+            Ok(ended) => ended?,
             Err(panic) => std::panic::resume_unwind(panic),
-        }
+        };
+        let collided = ports.iter().filter(|port| clients.contains(port)).count();
+        ensure!(
+            collided * 4 >= ports.len(),
+            "{collided} collisions among {} connections",
+            ports.len()
+        );
+        Ok(())
     }
 }
 
@@ -67,11 +77,11 @@ fn ask(mut stream: &TcpStream, number: u16, round: u8) -> Result<()> {
     Ok(())
 }
 
-/// Opens them one after another, from ports all over the range, and keeps them all.
-fn open_all(client: &Ns, from: Family, to: SocketAddr, connections: u16) -> Result<()> {
+/// Opens them one after another, from ports all over the range, and keeps them all. Returns the ports.
+fn open_all(client: &Ns, from: Family, to: SocketAddr, connections: u16) -> Result<HashSet<u16>> {
     let source = client.ip(from)?;
     client.run(|| {
-        let mut open = Vec::new();
+        let (mut open, mut ports) = (Vec::new(), HashSet::new());
         let range = LAST_PORT - FIRST_PORT + 1;
         for number in 0..connections {
             // A step that has no divisor in common with the range visits each port once.
@@ -81,11 +91,12 @@ fn open_all(client: &Ns, from: Family, to: SocketAddr, connections: u16) -> Resu
             let stream = from_port(SocketAddr::new(source, port), to).with_context(what)?;
             ask(&stream, number, 1).with_context(what)?;
             open.push(stream);
+            ports.insert(port);
         }
         for (number, stream) in (0..connections).zip(&open) {
             ask(stream, number, 2).with_context(|| format!("connection {number}, again"))?;
         }
-        Ok(())
+        Ok(ports)
     })
 }
 
@@ -114,8 +125,8 @@ fn plaintext(name: &str, family: Family) -> Result<()> {
     mesh.enrol(&pod, &["--probe-source", "none"])?;
     let to = pod.at(family, APP)?;
     let app = App::start(&pod, to, CONNECTIONS)?;
-    open_all(&outside, family, to, CONNECTIONS)?;
-    app.end()?;
+    let ports = open_all(&outside, family, to, CONNECTIONS)?;
+    app.end(&ports)?;
     ensure!(mesh.stat(&pod, "inbound_accepts")? == u64::from(CONNECTIONS));
     Ok(())
 }
@@ -137,8 +148,8 @@ fn hbone(name: &str, family: Family) -> Result<()> {
     b.set_sysctl("net/ipv4/ip_local_port_range", "50000 60999")?;
     let to = a.at(family, APP)?;
     let app = App::start(&a, to, CONNECTIONS)?;
-    open_all(&b, family, to, CONNECTIONS)?;
-    app.end()?;
+    let ports = open_all(&b, family, to, CONNECTIONS)?;
+    app.end(&ports)?;
     ensure!(mesh.stat(&a, "hbone_in")? == u64::from(CONNECTIONS));
     ensure!(mesh.stat(&a, "inbound_accepts")? == 0);
     Ok(())
@@ -165,8 +176,8 @@ fn two_interfaces(name: &str, family: Family) -> Result<()> {
     let half = CONNECTIONS / 2;
     for to in [pod.at(family, APP)?, second] {
         let app = App::start(&pod, to, half)?;
-        open_all(&outside, family, to, half).with_context(|| to.to_string())?;
-        app.end()?;
+        let ports = open_all(&outside, family, to, half).with_context(|| to.to_string())?;
+        app.end(&ports)?;
     }
     ensure!(mesh.stat(&pod, "inbound_accepts")? == u64::from(CONNECTIONS));
     Ok(())

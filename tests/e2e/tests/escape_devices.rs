@@ -11,6 +11,7 @@ use culvert_e2e::cage::{Cage, MOMENT, NEEDLE, PORT, connect_socket, nothing_esca
 use culvert_e2e::{LONG, eventually};
 use culvert_lab::{Capture, Connect, Creds, Family, Packet, Route, Server, roundtrip, sockopt};
 use ipnet::IpNet;
+use socket2::{Protocol, Socket, Type};
 
 /// A SYN that waits is sent again after 1, 3 and 7 seconds; a new ztunnel must be found by then.
 const RETRIES: Duration = Duration::from_secs(20);
@@ -47,10 +48,13 @@ fn a_device_before_connect() {
     let wire = cage.wire().unwrap();
     for family in Family::BOTH {
         for who in WHO {
-            for bind in Bind::BOTH {
-                let what = format!("{family} {who} {bind:?}");
-                let stream = Connect::to(cage.server(family).addr())
-                    .creds(who)
+            for (bind, mptcp) in Bind::BOTH.iter().flat_map(|b| [(*b, false), (*b, true)]) {
+                let what = format!("{family} {who} {bind:?} MPTCP {mptcp}");
+                let mut attempt = Connect::to(cage.server(family).addr()).creds(who);
+                if mptcp {
+                    attempt = attempt.mptcp();
+                }
+                let stream = attempt
                     .before(|socket| bind.apply(socket, "eth0", index))
                     .run(&cage.a)
                     .unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -132,13 +136,19 @@ fn a_device_from_before_enrolment() {
     let mut sockets = Vec::new();
     for family in Family::BOTH {
         for who in WHO {
-            for bind in Bind::BOTH {
+            for (bind, protocol) in [
+                (Bind::Name, Protocol::TCP),
+                (Bind::Index, Protocol::TCP),
+                (Bind::Name, Protocol::MPTCP),
+            ] {
                 let socket = cage.a.run_as(who, || {
-                    let socket = tcp(family).unwrap();
-                    bind.apply(&socket, "eth0", index).unwrap();
-                    socket
+                    let domain = tcp(family)?.domain()?;
+                    let socket = Socket::new(domain, Type::STREAM, Some(protocol))?;
+                    bind.apply(&socket, "eth0", index)?;
+                    io::Result::Ok(socket)
                 });
-                sockets.push((family, format!("{family} {who} {bind:?}"), socket));
+                let what = format!("{family} {who} {bind:?} {protocol:?}");
+                sockets.push((family, what, socket.unwrap()));
             }
         }
     }
@@ -152,26 +162,38 @@ fn a_device_from_before_enrolment() {
     }
 }
 
+/// With data in the SYN, too: fast open that asks for no cookie.
 #[test]
 fn a_device_from_before_enrolment_while_ztunnel_is_away() {
     for hold in ["forever", "0"] {
         let cage = Cage::open("dev-early-away").unwrap();
         let index = cage.a.ifindex("eth0").unwrap();
+        cage.a.set_sysctl("net/ipv4/tcp_fastopen", "5").unwrap();
         let sockets = Family::BOTH.map(|family| {
-            cage.a.run_as(Creds::Nobody, || {
-                let socket = tcp(family).unwrap();
-                Bind::Name.apply(&socket, "eth0", index).unwrap();
-                (family, socket)
+            [false, true].map(|fast| {
+                cage.a.run_as(Creds::Nobody, || {
+                    let socket = tcp(family).unwrap();
+                    Bind::Name.apply(&socket, "eth0", index).unwrap();
+                    (family, fast, socket)
+                })
             })
         });
         cage.enrol(&["--hold", hold]).unwrap();
         cage.mesh.ztunnel.kill().unwrap();
         let wire = cage.wire().unwrap();
-        for (family, socket) in sockets {
+        for (family, fast, socket) in sockets.into_iter().flatten() {
+            let what = format!("{family} hold {hold} fast open {fast}");
             let to = cage.server(family).addr();
-            let refused = connect_socket(&socket, to, MOMENT);
-            assert!(refused.is_err(), "{family}: connected without ztunnel");
-            nothing_escaped(&wire, &format!("{family} hold {hold}")).unwrap();
+            if fast {
+                socket.set_nonblocking(true).unwrap();
+                let _sent = socket.send_to_with_flags(NEEDLE, &to.into(), libc::MSG_FASTOPEN);
+                std::thread::sleep(MOMENT);
+            } else {
+                let tried = connect_socket(&socket, to, MOMENT);
+                assert!(tried.is_err(), "{what}: connected without ztunnel");
+            }
+            assert!(socket.peer_addr().is_err(), "{what}: connected");
+            nothing_escaped(&wire, &what).unwrap();
         }
     }
 }
