@@ -244,10 +244,9 @@ fn detach(global: &Global, paths: &[PathBuf], wait: u64) -> anyhow::Result<ExitC
         })?;
         return Ok(ExitCode::SUCCESS);
     };
-    // Namespaces that are gone by now have no file to name them by.
-    let collected = pod::collect(&node)?;
     let mut done = Vec::new();
     let mut failed = Vec::new();
+    let mut missing = Vec::new();
     for path in paths {
         match Netns::open(path)
             .and_then(|netns| detach_one(&node, &netns, Duration::from_secs(wait)))
@@ -260,13 +259,19 @@ fn detach(global: &Global, paths: &[PathBuf], wait: u64) -> anyhow::Result<ExitC
                 };
                 done.push(json!({ "netns": path, "cookie": cookie, "result": result, "connections": connections }));
             }
-            Err(error) if collected > 0 && !path.exists() => {
-                tracing::info!(%error, "the namespace is gone");
-                done.push(
-                    json!({ "netns": path, "cookie": null, "result": "gone", "connections": 0 }),
-                );
-            }
+            Err(error) if !path.exists() => missing.push((path, error)),
             Err(error) => failed.push(error),
+        }
+    }
+    // Namespaces that are gone have no file to name them by. What was named is done by now, so that this does not
+    // answer for it.
+    let collected = pod::collect(&node)?;
+    for (path, error) in missing {
+        if collected > 0 {
+            tracing::info!(%error, "the namespace is gone");
+            done.push(json!({ "netns": path, "cookie": null, "result": "gone", "connections": 0 }));
+        } else {
+            failed.push(error);
         }
     }
     print(
