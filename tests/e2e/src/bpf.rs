@@ -235,3 +235,16 @@ pub fn maps_of(lab: &culvert_lab::Lab) -> Result<Vec<(String, Map)>> {
 pub fn map_ids(lab: &culvert_lab::Lab) -> Result<BTreeSet<u32>> {
     Ok(maps_of(lab)?.into_iter().map(|(_, map)| map.id).collect())
 }
+
+/// The keys of all maps of a lab that have some, sorted.
+pub fn keys(lab: &culvert_lab::Lab) -> Result<Vec<(String, Vec<Vec<u8>>)>> {
+    maps_of(lab)?
+        .into_iter()
+        .filter(|(_, map)| map.has_keys())
+        .map(|(name, map)| {
+            let mut keys = map.keys().with_context(|| format!("map {name}"))?;
+            keys.sort();
+            Ok((name, keys))
+        })
+        .collect()
+}

@@ -77,3 +77,11 @@ pub fn local_delivery_works(pod: &Ns) -> Result<()> {
     }
     Ok(())
 }
+
+/// An echo server of each family on one port of a namespace.
+pub fn servers(ns: &Ns, port: u16) -> Result<Vec<(Family, Server)>> {
+    Family::BOTH
+        .into_iter()
+        .map(|family| Ok((family, Server::echo(ns, ns.at(family, port)?)?)))
+        .collect()
+}
