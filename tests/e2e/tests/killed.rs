@@ -9,7 +9,7 @@ use culvert_e2e::{
     Mesh,
     killing::{End, run_until},
     picture,
-    traffic::{Via, local_delivery_works},
+    traffic::{Via, talk},
 };
 use culvert_lab::{Connect, Family, Ns, Server, roundtrip};
 
@@ -21,6 +21,8 @@ const SHORT: Duration = Duration::from_millis(60);
 /// A pod outside the mesh beside a ztunnel that already listens in it, and servers for it to talk to.
 struct Scene {
     servers: Vec<Server>,
+    /// In the pod itself, on loopback and on its own addresses.
+    home: Vec<Server>,
     pod: Ns,
     mesh: Mesh,
     plain: Vec<String>,
@@ -35,12 +37,18 @@ impl Scene {
             .into_iter()
             .map(|family| Server::echo(&outside, outside.at(family, 8080)?))
             .collect::<Result<_>>()?;
+        let mut home = Vec::new();
+        for family in Family::BOTH {
+            home.push(Server::echo(&pod, SocketAddr::new(family.loopback(), 0))?);
+            home.push(Server::echo(&pod, pod.at(family, 0)?)?);
+        }
         mesh.zds.add_pod(&pod)?;
         mesh.lab.culvert(&["load"])?.ok()?;
         // What a first attach makes and leaves for the next one is part of the picture.
         let plain = picture::settled(&mesh.lab, &[&pod])?;
         Ok(Self {
             servers,
+            home,
             pod,
             mesh,
             plain,
@@ -97,7 +105,9 @@ impl Scene {
 
     /// Whatever was half done: local delivery works, and what leaves is plain as before or captured.
     fn sound(&self) -> Result<()> {
-        local_delivery_works(&self.pod)?;
+        for server in &self.home {
+            talk(&self.pod, server.addr()).context("local delivery")?;
+        }
         for server in &self.servers {
             self.plain_or_captured(server.addr(), server)?;
         }
