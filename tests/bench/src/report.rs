@@ -57,9 +57,18 @@ impl Report {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let tool = |tool: Tool| tool.version().unwrap_or_else(|_| "not there".to_owned());
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let load = load.split(' ').next().unwrap_or_default();
+        // Who measures beside other work can trust ratios of neighbouring slices, not single times.
+        let busy = load.parse::<f64>().is_ok_and(|load| load > 0.7);
         let how = format!(
-            "Linux {}, {cpus} processors, {}; {}; {}",
+            "Linux {}, {cpus} processors, load {load} at the start{}, {}; {}; {}",
             kernel.trim(),
+            if busy {
+                " (NOT QUIET: p99 of enrolment is the machine's, not Culvert's)"
+            } else {
+                ""
+            },
             if options.apart {
                 "client and listener on one each"
             } else {

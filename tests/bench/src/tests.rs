@@ -56,7 +56,7 @@ fn no_figure_without_the_proxy_in_the_path() {
         1,
     );
     assert!(nobody.is_err());
-    // It is the right listener, and somebody else's connections are counted there as well.
+    // The same client and listener are counted as soon as it is in the path.
     let to = std::net::SocketAddr::new(Family::V4.loopback(), crate::proxy::PORT);
     client::slice(&client, &proxy, to, Measure::Connect, 3).unwrap();
 }
