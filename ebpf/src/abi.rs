@@ -24,14 +24,17 @@ pub mod mark {
     /// the kernel itself answers to it (the last ACK of a socket in TIME_WAIT, a reset) reflects this mark
     /// and is addressed to the original destination, so it turns round instead of leaving.
     pub const ANSWER: u32 = 0x115;
-    /// Mask under which [`OUT`], [`REFUSE`] and [`HOME`] all read [`FAMILY`]: what must never leave.
-    pub const FAMILY_MASK: u32 = 0xffc;
+    /// Like [`OUT`], over IPv6 and while no ztunnel listens: what the kernel would answer is swallowed, so that
+    /// the connection waits as it does over IPv4.
+    pub const HELD: u32 = 0x119;
+    /// Mask under which [`OUT`], [`REFUSE`], [`HOME`] and [`HELD`] all read [`FAMILY`]: what must never leave.
+    pub const FAMILY_MASK: u32 = 0xff4;
     /// Mask under which all of ours read [`FAMILY`]: what no process may set or change.
-    pub const OURS_MASK: u32 = 0xff8;
+    pub const OURS_MASK: u32 = 0xff0;
     /// See [`FAMILY_MASK`] and [`OURS_MASK`].
     pub const FAMILY: u32 = 0x110;
-    /// Mask under which [`OUT`] and [`HOME`], but not [`REFUSE`], read [`OUT`]: what turns round.
-    pub const TURN_MASK: u32 = 0xffd;
+    /// Mask under which [`OUT`], [`HOME`] and [`HELD`] read [`OUT`]: what turns round.
+    pub const TURN_MASK: u32 = 0xff5;
 }
 
 /// Ports of ztunnel's listeners in a pod, host byte order.

@@ -96,17 +96,7 @@ impl ConnectFacts for Facts<'_> {
         if self.pod.hold == u64::MAX {
             return false;
         }
-        // SAFETY: one aligned word is read.
-        let Some(role) = (unsafe {
-            maps::ROLES.get(RoleKey {
-                cookie: self.cookie,
-                role: role::OUTBOUND,
-                pad: 0,
-            })
-        }) else {
-            return false;
-        };
-        let since = role.away_since;
+        let since = away_since(self.cookie);
         // SAFETY: no arguments.
         since != 0 && unsafe { bpf_ktime_get_ns() }.saturating_sub(since) >= self.pod.hold
     }
@@ -115,6 +105,18 @@ impl ConnectFacts for Facts<'_> {
     fn bound_to_device(&self) -> bool {
         self.bound
     }
+}
+
+/// Since when no ztunnel listens for the pod's outbound connections; 0 = one does.
+#[inline(always)]
+fn away_since(cookie: u64) -> u64 {
+    let key = RoleKey {
+        cookie,
+        role: role::OUTBOUND,
+        pad: 0,
+    };
+    // SAFETY: one aligned word is read.
+    unsafe { maps::ROLES.get(key) }.map_or(0, |role| role.away_since)
 }
 
 /// Told by more than the mark when the pod's ztunnel is named: any process with CAP_NET_RAW can set a mark.
@@ -147,7 +149,8 @@ fn connecting_in_pod(ops: *mut bpf_sock_ops, cookie: u64, pod: &Pod) {
     let verdict = decide::connect(&tuple.dst, &facts);
     match verdict {
         Verdict::Captured => {
-            set_mark(ops, current, mark::OUT);
+            let held = !tuple.dst.is_v4() && away_since(cookie) != 0;
+            set_mark(ops, current, if held { mark::HELD } else { mark::OUT });
             if bound != 0 {
                 // It will turn round by its own device, where `culvert_steer` expects only what it was told of.
                 let _ = maps::INGRESS.insert(tuple, bound, 0);

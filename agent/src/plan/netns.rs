@@ -267,7 +267,7 @@ pub fn desired_rules(family: Family, virtual_interfaces: &[String]) -> Vec<Rule>
     };
     let mut rules = Vec::new();
     if family == Family::V6 {
-        rules.push(marked(mark::OUT, mark::MASK, Action::Table(HOLD_TABLE)));
+        rules.push(marked(mark::HELD, mark::MASK, Action::Table(HOLD_TABLE)));
     }
     rules.push(marked(
         mark::OUT,

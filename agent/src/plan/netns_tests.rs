@@ -129,16 +129,16 @@ add route -6 local default dev #1 metric 50 table 15001
 add route -6 local default dev #2 metric 1002 table 15001
 add route -6 blackhole fd00::5 metric 1024 table 15002
 add rule -4 pref 2 lookup local
-add rule -4 pref 0 fwmark 0x111/0xffd lookup 15001
-add rule -4 pref 0 fwmark 0x110/0xffc unreachable
+add rule -4 pref 0 fwmark 0x111/0xff5 lookup 15001
+add rule -4 pref 0 fwmark 0x110/0xff4 unreachable
 del rule -4 pref 0 lookup local
 add rule -4 pref 0 lookup local
 add rule -4 pref 0 fwmark 0x115/0xfff lookup 15001
 del rule -4 pref 2 lookup local
 add rule -6 pref 2 lookup local
-add rule -6 pref 0 fwmark 0x111/0xfff lookup 15002
-add rule -6 pref 0 fwmark 0x111/0xffd lookup 15001
-add rule -6 pref 0 fwmark 0x110/0xffc unreachable
+add rule -6 pref 0 fwmark 0x119/0xfff lookup 15002
+add rule -6 pref 0 fwmark 0x111/0xff5 lookup 15001
+add rule -6 pref 0 fwmark 0x110/0xff4 unreachable
 del rule -6 pref 0 lookup local
 add rule -6 pref 0 lookup local
 add rule -6 pref 0 fwmark 0x115/0xfff lookup 15001

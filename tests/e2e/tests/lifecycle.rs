@@ -331,7 +331,7 @@ fn list_and_show_say_what_is_there() {
     let rules = pod.rules(Family::V4).unwrap().len();
     let ours = Rule {
         pref: Some(0),
-        fwmark: Some((0x111, 0xffd)),
+        fwmark: Some((0x111, 0xff5)),
         ..Rule::fwmark(Family::V4, 0x111, 15001)
     };
     pod.del_rule(&ours).unwrap();
