@@ -1,7 +1,14 @@
-//! Culvert's node agent as a library: the kernel door, the plans, and the commands on top.
+//! Culvert's node agent as a library: the kernel door, the plans, and the daemon on top.
 //!
-//! Arrows run one way: commands use [`kernel`] and [`plan`]; `plan` knows neither kernel nor clock, and
-//! `kernel` knows no Kubernetes.
+//! Arrows run one way: `main` uses [`reconcile`], which alone uses [`watch`], [`plan`] and [`kernel`]; `plan` knows
+//! neither kernel nor clock, `watch` knows no kernel, and `kernel` knows no Kubernetes.
 
+pub mod admin;
+pub mod cni_server;
+pub mod install;
 pub mod kernel;
+pub mod model;
 pub mod plan;
+pub mod reconcile;
+pub mod watch;
+pub mod zds;

@@ -2,4 +2,5 @@
 //!
 //! Knows no system call, no clock and no file; [`crate::kernel`] carries the operations out.
 
+pub mod membership;
 pub mod netns;

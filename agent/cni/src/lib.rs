@@ -1,0 +1,1 @@
+//! What the plugin and the agent say to each other: the one definition both are built from.

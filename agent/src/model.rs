@@ -1,0 +1,153 @@
+//! Pods and namespaces as the agent sees them: plain data, whatever they were read from.
+//!
+//! Only what a decision needs is kept, so that a node's worth of pods and a cluster's worth of namespaces stay small.
+//! Nothing here decides, asks or changes anything.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// `metadata.uid` of a pod.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PodUid(pub Arc<str>);
+
+impl PodUid {
+    /// The UID as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<&str> for PodUid {
+    fn from(uid: &str) -> Self {
+        Self(uid.into())
+    }
+}
+
+/// How far a pod has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Phase {
+    /// Not all containers have run yet, or nothing is known.
+    #[default]
+    Pending,
+    /// At least one container runs.
+    Running,
+    /// Ended well: it needs its network no more.
+    Succeeded,
+    /// Ended badly: it needs its network no more.
+    Failed,
+}
+
+/// One pod of this node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Pod {
+    /// `metadata.uid`.
+    pub uid: PodUid,
+    /// Annotation `kubernetes.io/config.hash` of a static pod: what the kubelet, the container runtime and the cgroup
+    /// path use as its UID in place of the mirror pod's.
+    pub static_uid: Option<PodUid>,
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+    /// `spec.serviceAccountName`.
+    pub service_account: String,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// Those annotations that mean something to us.
+    pub annotations: BTreeMap<String, String>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// `spec.runtimeClassName`.
+    pub runtime_class: Option<String>,
+    /// `status.phase`.
+    pub phase: Phase,
+    /// `metadata.deletionTimestamp` is set.
+    pub deleting: bool,
+    /// `status.podIPs`, or `status.podIP` where there is no list.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// A namespace of the cluster.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Namespace {
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// Those annotations that mean something to us.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// All that is watched, as it is now.
+#[derive(Clone, Debug, Default)]
+pub struct Cluster {
+    /// Pods and namespaces have been listed once: what is missing here does not exist.
+    pub listed: bool,
+    /// Pods of this node.
+    pub pods: BTreeMap<PodUid, Pod>,
+    /// All namespaces by name.
+    pub namespaces: BTreeMap<String, Namespace>,
+    /// Namespaces in which a pod, on whatever node, asks for the mesh by its own label; with how many do.
+    pub opted_in: BTreeMap<String, usize>,
+}
+
+/// What the pod's annotation tells istiod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Redirection {
+    /// The kernel captures; ztunnel has not acknowledged yet.
+    Pending,
+    /// ztunnel serves the pod.
+    Enabled,
+}
+
+impl Redirection {
+    /// The annotation's value.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Enabled => "enabled",
+        }
+    }
+}
+
+/// Labels and annotations, spelled once.
+pub mod keys {
+    /// Label on pods and namespaces: [`AMBIENT`] or [`NONE`].
+    pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+    /// In the mesh.
+    pub const AMBIENT: &str = "ambient";
+    /// Out of the mesh.
+    pub const NONE: &str = "none";
+    /// Annotation of pods with a sidecar.
+    pub const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
+    /// Annotation we write: [`Redirection`](super::Redirection).
+    pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+    /// Annotation: no inbound capture.
+    pub const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+    /// Annotation: DNS capture on or off.
+    pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+    /// Annotation: interfaces behind which others send.
+    pub const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
+    /// Annotation on pods or namespaces: destination ports left alone.
+    pub const EXCLUDE_OUTBOUND_PORTS: &str = "culvert.dev/exclude-outbound-ports";
+    /// Annotation on pods or namespaces: destinations left alone.
+    pub const EXCLUDE_OUTBOUND_CIDRS: &str = "culvert.dev/exclude-outbound-cidrs";
+    /// Annotation on pods or namespaces: the pod's own ports left alone.
+    pub const EXCLUDE_INBOUND_PORTS: &str = "culvert.dev/exclude-inbound-ports";
+    /// Annotation of static pods: their UID on the node.
+    pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
+}

@@ -1,0 +1,3 @@
+//! The conversation with ztunnel: which pods' namespaces it is to serve, over a SOCK_SEQPACKET socket.
+//!
+//! Knows neither Kubernetes nor the kernel's maps.
