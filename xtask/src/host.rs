@@ -47,6 +47,38 @@ pub(crate) const PROGRAMS: &[Package] = &[
     },
 ];
 
+/// What runs the nodes of a test cluster, as it comes from Debian.
+pub(crate) const CLUSTER: &[Package] = &[
+    Package {
+        name: "busybox-static",
+        proof: "busybox",
+    },
+    Package {
+        name: "conntrack",
+        proof: "conntrack",
+    },
+    Package {
+        name: "containerd",
+        proof: "containerd",
+    },
+    Package {
+        name: "containernetworking-plugins",
+        proof: "/usr/lib/cni/bridge",
+    },
+    Package {
+        name: "iptables",
+        proof: "iptables-restore",
+    },
+    Package {
+        name: "nftables",
+        proof: "nft",
+    },
+    Package {
+        name: "runc",
+        proof: "runc",
+    },
+];
+
 impl Package {
     fn is_there(self) -> bool {
         if self.proof.starts_with('/') {

@@ -8,6 +8,7 @@
 mod bench;
 mod bins;
 mod build;
+mod cluster;
 mod cmd;
 mod demo;
 mod ebpf;
@@ -44,6 +45,8 @@ enum Verb {
     Test(test::Args),
     /// Measure against plain loopback, iptables and nftables; results go to target/bench (root)
     Bench(bench::Args),
+    /// A real Kubernetes on this machine: build, up, down, status, shell, kubectl (root)
+    Cluster(cluster::Args),
     /// Check format, clippy, documentation, licences and house rules
     Lint,
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Verb::Demo(args) => demo::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Cluster(args) => cluster::main(&args),
         Verb::Lint => lint::main(),
     };
     match result {

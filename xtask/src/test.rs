@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    bins, cmd, ebpf, host,
+    bins, cluster, cmd, ebpf, host,
     project::{Profile, Project},
     vm,
 };
@@ -15,8 +15,9 @@ use crate::{
 const E2E_THREADS: &str = "6";
 
 /// Packages whose tests make network namespaces: they belong to the suite that has root.
-const PRIVILEGED: [&str; 4] = [
+const PRIVILEGED: [&str; 5] = [
     "culvert-bench",
+    "culvert-cluster",
     "culvert-e2e",
     "culvert-lab",
     "ztunnel-standin",
@@ -104,6 +105,7 @@ fn e2e(project: &Project, filter: &[String]) -> Result<()> {
     host::ensure_packages(host::PROGRAMS, "the end-to-end tests")?;
     bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
     host::ensure_bpffs()?;
+    cluster::ensure_control_plane(project)?;
     let tests = || {
         let mut command = cmd::cargo(project);
         command.args(["test", "--locked", "--no-fail-fast"]);

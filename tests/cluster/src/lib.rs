@@ -1,0 +1,30 @@
+//! A real Kubernetes on this machine, for tests first and for `cargo xtask cluster` second: etcd, API server and all,
+//! built from released Go modules, without Docker and without a registry. It starts them, hands out credentials and
+//! removes every trace; it must not know what the tests install there.
+//!
+//! [`ControlPlane`] is etcd and an API server alone, for what only talks to the API:
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! let api = culvert_cluster::ControlPlane::start("example")?;
+//! api.apply("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: agent, namespace: kube-system}\n")?;
+//! let kubeconfig = api.kubeconfig_for("kube-system", "agent")?;
+//! println!("{}", api.kubectl(&["get", "namespaces"])?);
+//! # drop(kubeconfig);
+//! # Ok(()) }
+//! ```
+//!
+//! Environment: `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`;
+//! `CULVERT_KEEP=1` keeps the files of what has ended.
+
+mod control_plane;
+mod kubeconfig;
+mod kubectl;
+mod parts;
+mod pki;
+mod place;
+mod server;
+
+pub use control_plane::ControlPlane;
+pub use kubectl::Kubectl;
+pub use parts::{Part, Parts};

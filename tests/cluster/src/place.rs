@@ -1,0 +1,133 @@
+//! Where things of clusters lie, and the scratch directory of one. It owns names and directories; it starts nothing.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
+
+/// A directory that its maker has not locked yet is not taken for left over until it is this old.
+const YOUNG: Duration = Duration::from_secs(60);
+
+/// Everything that outlives a test: binaries, images, what failed.
+pub(crate) fn cluster_dir() -> Result<PathBuf> {
+    let dir = match std::env::var_os("CULVERT_CLUSTER_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir),
+        _ => target_dir().join("cluster"),
+    };
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    // Servers get absolute paths: entering a mount namespace changes the working directory.
+    dir.canonicalize()
+        .with_context(|| format!("looking {} up", dir.display()))
+}
+
+/// The top of the tree.
+pub(crate) fn root() -> PathBuf {
+    let mut root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    root.pop();
+    root.pop();
+    root
+}
+
+fn target_dir() -> PathBuf {
+    ["CULVERT_TARGET_DIR", "CARGO_TARGET_DIR"]
+        .into_iter()
+        .find_map(|name| std::env::var_os(name).filter(|dir| !dir.is_empty()))
+        .map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+/// Whether what has ended is to be kept for a look.
+pub(crate) fn keep() -> bool {
+    std::env::var_os("CULVERT_KEEP").is_some_and(|value| value != "0" && !value.is_empty())
+}
+
+/// The directory of something running. It is removed with the value; after a panic its logs move to `failed/`.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    path: PathBuf,
+    failed: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Scratch {
+    /// Makes a directory for `name`, and removes those whose makers are gone.
+    pub(crate) fn create(name: &str, serial: u32) -> Result<Self> {
+        ensure!(
+            !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'),
+            "the name {name:?} becomes part of file names: use letters, digits and '-'"
+        );
+        let cluster = cluster_dir()?;
+        let run = cluster.join("run");
+        fs::create_dir_all(&run).with_context(|| format!("making {}", run.display()))?;
+        sweep(&run);
+        let path = run.join(format!("{name}-{}-{serial}", std::process::id()));
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        let lock =
+            lock(&path)?.with_context(|| format!("{} is somebody else's", path.display()))?;
+        let failed = cluster.join("failed").join(name);
+        Ok(Self {
+            path,
+            failed,
+            _lock: lock,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn keep_logs(&self) -> Result<()> {
+        // Only the last failure of a name is of interest.
+        let _none = fs::remove_dir_all(&self.failed);
+        fs::create_dir_all(&self.failed)?;
+        for entry in fs::read_dir(&self.path)?.flatten() {
+            if entry.path().extension().is_some_and(|kind| kind == "log") {
+                fs::copy(entry.path(), self.failed.join(entry.file_name()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            match self.keep_logs() {
+                Ok(()) => eprintln!("logs: {}", self.failed.display()),
+                Err(error) => eprintln!("keeping logs of {}: {error}", self.path.display()),
+            }
+        }
+        if keep() {
+            eprintln!("kept: {}", self.path.display());
+        } else if let Err(error) = fs::remove_dir_all(&self.path) {
+            eprintln!("removing {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Removes the directories of processes that were killed. What cannot be removed is tried again by the next.
+fn sweep(run: &Path) {
+    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let age = entry.metadata().and_then(|data| data.modified());
+        let young = age.is_ok_and(|at| {
+            SystemTime::now()
+                .duration_since(at)
+                .is_ok_and(|age| age < YOUNG)
+        });
+        if !young && !path.join(ON_ITS_OWN).exists() && matches!(lock(&path), Ok(Some(_))) {
+            let _next_time = fs::remove_dir_all(&path);
+        }
+    }
+}
+
+/// A directory with this file belongs to servers that outlive whoever started them.
+pub(crate) const ON_ITS_OWN: &str = "state.json";
+
+/// Takes the lock that says whose a directory is; `None` while another process has it.
+fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
+    let file = dir.join("lock");
+    let open = File::create(&file).with_context(|| format!("making {}", file.display()))?;
+    Ok(Flock::lock(open, FlockArg::LockExclusiveNonblock).ok())
+}
