@@ -4,6 +4,7 @@
 //! knows Kubernetes. Every operation is idempotent and says in its error what cures it.
 
 pub mod cgroup;
+pub mod discover;
 pub mod error;
 pub mod events;
 pub mod inspect;
@@ -17,6 +18,7 @@ pub mod object;
 pub mod pins;
 pub mod pod;
 pub mod preflight;
+pub mod procfs;
 pub mod sockdiag;
 mod sys;
 mod sysctl;

@@ -93,7 +93,7 @@ fn from_link(message: &LinkMessage) -> Link {
     }
 }
 
-fn from_address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
+pub(super) fn from_address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
     let mut local = None;
     let mut address = None;
     for attribute in &message.attributes {
