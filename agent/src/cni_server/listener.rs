@@ -1,0 +1,154 @@
+//! The agent's socket: made, guarded, served, taken away.
+//!
+//! Whoever may connect can have pods captured and let go, so only root and the user the agent runs as get in, by mode and
+//! by the peer's credentials. It knows no routes.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use axum::Router;
+use tokio::net::{UnixListener, UnixStream, unix::SocketAddr};
+
+/// How long requests in flight may go on once the agent is told to end.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// The socket could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {doing} {}: {cause}; the agent needs its run directory to itself and writable", path.display())]
+pub struct BindError {
+    doing: &'static str,
+    path: PathBuf,
+    cause: io::Error,
+}
+
+/// A socket that is listened on. Dropping it takes the path away, unless another agent has put its own there since.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    path: PathBuf,
+    /// Device and inode: which file there is ours.
+    file: (u64, u64),
+}
+
+impl Listener {
+    /// Makes the socket, in the place of whatever socket was there, and its directory. There is no moment at which the
+    /// path is missing, or can be connected to and is not ours.
+    ///
+    /// # Errors
+    ///
+    /// Says which step failed, and where.
+    pub fn bind(path: &Path) -> Result<Self, BindError> {
+        let failed = |doing, path: &Path| {
+            let path = path.to_owned();
+            move |cause| BindError { doing, path, cause }
+        };
+        if let Some(dir) = path.parent() {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(failed("make", dir))?;
+        }
+        let temporary = path.with_extension(std::process::id().to_string());
+        match fs::remove_file(&temporary) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("remove", &temporary)(cause));
+            }
+            _ => {}
+        }
+        let socket = UnixListener::bind(&temporary).map_err(failed("listen on", &temporary))?;
+        let publish = || -> io::Result<(u64, u64)> {
+            fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))?;
+            let data = fs::metadata(&temporary)?;
+            fs::rename(&temporary, path)?;
+            Ok((data.dev(), data.ino()))
+        };
+        match publish() {
+            Ok(file) => Ok(Self {
+                socket,
+                path: path.to_owned(),
+                file,
+            }),
+            Err(cause) => {
+                // Its own failure would hide the one that matters.
+                let _removed = fs::remove_file(&temporary);
+                Err(failed("publish", path)(cause))
+            }
+        }
+    }
+
+    /// Serves until `shutdown` is ready, and what is in flight for a moment longer.
+    pub async fn serve(self, app: Router, shutdown: impl Future<Output = ()> + Send + 'static) {
+        let app = super::routes::with_fallbacks(app);
+        let (ending, ended) = tokio::sync::oneshot::channel();
+        let serving = axum::serve(self, app).with_graceful_shutdown(async move {
+            shutdown.await;
+            // Nobody waits for it any more when serving is over already.
+            let _sent = ending.send(());
+        });
+        let late = async {
+            if ended.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(GRACE).await;
+        };
+        tokio::select! {
+            result = serving.into_future() => {
+                if let Err(error) = result {
+                    tracing::error!(%error, "the plugin's server has ended");
+                }
+            }
+            () = late => tracing::warn!("requests of the plugin were cut off at shutdown"),
+        }
+    }
+}
+
+impl axum::serve::Listener for Listener {
+    type Io = UnixStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (UnixStream, SocketAddr) {
+        loop {
+            let error = match self.socket.accept().await {
+                Ok((stream, address)) => match stream.peer_cred() {
+                    Ok(peer) if may_enter(peer.uid()) => return (stream, address),
+                    Ok(peer) => {
+                        tracing::warn!(
+                            uid = peer.uid(),
+                            pid = peer.pid(),
+                            "turned away at the agent's socket"
+                        );
+                        continue;
+                    }
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            // Out of descriptors, most likely: they come back, and spinning would not help.
+            tracing::error!(%error, "cannot accept at the agent's socket");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|data| (data.dev(), data.ino()) == self.file);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot take the agent's socket away");
+        }
+    }
+}
+
+fn may_enter(uid: u32) -> bool {
+    uid == 0 || uid == nix::unistd::geteuid().as_raw()
+}
