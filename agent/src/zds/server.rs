@@ -1,0 +1,600 @@
+//! The ZDS server as the agent holds it: tasks that listen and converse, and calls that wait for acks.
+//!
+//! Joins `registry` (who is told what) with `socket` (how). It decides nothing about the protocol, and holds no lock while
+//! it waits.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use nix::sys::stat::fstat;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{
+    conversation::{Generation, Message, Patience, PeerState, Reason, RemovalId, Step, Workload},
+    messages::{DelWorkload, KeepWorkload, Request, SnapshotSent},
+    registry::{AddError, Adding, Output, PeerId, Registry, Removed, add_message},
+    socket::{Connection, Credentials, Error, Listener},
+};
+use crate::model::PodUid;
+
+/// How long a pause after the kernel refused a connection, for want of descriptors most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// What can be set. The defaults are ztunnel's own expectations.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// From a connection to its hello.
+    pub hello: Duration,
+    /// From a message to its ack.
+    pub ack: Duration,
+    /// Before a pod that was refused is offered again: first, doubled up to the second.
+    pub retry: (Duration, Duration),
+    /// How long [`Server::remove`] waits for all ztunnels together.
+    pub remove: Duration,
+    /// The user that ztunnel runs as, in our user namespace.
+    pub uid: u32,
+    /// Connections at the same time; more are refused.
+    pub peers: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            hello: Duration::from_secs(5),
+            ack: Duration::from_secs(5),
+            retry: (Duration::from_secs(5), Duration::from_secs(60)),
+            remove: Duration::from_secs(10),
+            uid: 0,
+            peers: 16,
+        }
+    }
+}
+
+/// A pod that ztunnel serves.
+#[derive(Clone, Debug)]
+pub struct Acked {
+    /// The ztunnel's process number.
+    pub pid: u32,
+    /// The process itself; `None` before Linux 6.5.
+    pub pidfd: Option<Arc<OwnedFd>>,
+}
+
+/// What happens without being asked for.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Somebody who may has connected.
+    Connected {
+        /// Its process number.
+        pid: u32,
+        /// The process itself; `None` before Linux 6.5.
+        pidfd: Option<Arc<OwnedFd>>,
+    },
+    /// A ztunnel has had its snapshot: new pods go to it now.
+    Synced {
+        /// Its process number.
+        pid: u32,
+    },
+    /// A ztunnel serves a pod, in the snapshot or after it.
+    Acked {
+        /// The pod.
+        uid: PodUid,
+        /// The ztunnel's process number.
+        pid: u32,
+    },
+    /// A ztunnel refused a pod. It is offered again later.
+    Nacked {
+        /// The pod.
+        uid: PodUid,
+        /// The ztunnel's process number.
+        pid: u32,
+        /// Its reason.
+        error: String,
+    },
+    /// A conversation is over.
+    Disconnected {
+        /// The process number.
+        pid: u32,
+        /// Why.
+        reason: Reason,
+    },
+    /// Somebody was not let in.
+    Refused {
+        /// The process number, 0 when it cannot be seen from here.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+        /// Why.
+        why: &'static str,
+    },
+}
+
+/// What `culvert status`, metrics and readiness show.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Status {
+    /// [`Server::open`] was called.
+    pub open: bool,
+    /// Pods to be served.
+    pub pods: usize,
+    /// Those of them whose namespace is not known.
+    pub expected: usize,
+    /// Oldest first.
+    pub peers: Vec<PeerStatus>,
+    /// Connections refused so far.
+    pub refused: u64,
+    /// Pods refused by ztunnels so far.
+    pub nacks: u64,
+    /// Conversations that ended because an ack or a hello came too late.
+    pub timeouts: u64,
+    /// Tries that failed for want of room in the kernel or because ztunnel did not read.
+    pub send_retries: u64,
+}
+
+/// One connection.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct PeerStatus {
+    /// Process number.
+    pub pid: u32,
+    /// Since when.
+    pub connected: SystemTime,
+    /// How far it has come.
+    pub state: PeerState,
+    /// Messages that wait.
+    pub pending: usize,
+    /// Pods it has acknowledged.
+    pub served: usize,
+    /// Pods it refuses at present.
+    pub nacked: usize,
+}
+
+/// A handle to the server. Its tasks end, and the socket goes, when the last handle is dropped.
+#[derive(Clone, Debug)]
+pub struct Server(Arc<Handle>);
+
+#[derive(Debug)]
+struct Handle {
+    shared: Arc<Shared>,
+    _stop: DropGuard,
+}
+
+/// A namespace, told from others by what the kernel calls it: we hold it open, so the number is not used again.
+#[derive(Clone, Debug)]
+struct Netns {
+    fd: Arc<OwnedFd>,
+    file: Option<(u64, u64)>,
+}
+
+impl PartialEq for Netns {
+    fn eq(&self, other: &Self) -> bool {
+        self.file.is_some() && self.file == other.file
+    }
+}
+
+#[derive(Debug)]
+struct Peer {
+    pid: u32,
+    pidfd: Option<Arc<OwnedFd>>,
+    connected: SystemTime,
+    changed: Arc<Notify>,
+}
+
+#[derive(Debug)]
+struct State {
+    registry: Registry<Netns>,
+    peers: HashMap<PeerId, Peer>,
+    adds: HashMap<Generation, Vec<oneshot::Sender<Result<Acked, AddError>>>>,
+    removals: HashMap<RemovalId, oneshot::Sender<Removed>>,
+    refused: u64,
+    nacks: u64,
+    timeouts: u64,
+    send_retries: u64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    options: Options,
+    state: Mutex<State>,
+    events: mpsc::UnboundedSender<Event>,
+}
+
+impl Server {
+    /// Listens at `path` and converses with whoever connects; nobody is answered before [`Server::open`]. Must be called
+    /// within a tokio runtime.
+    ///
+    /// # Errors
+    /// When another server answers at the path, or the kernel refuses it.
+    pub fn bind(
+        path: &Path,
+        options: Options,
+    ) -> Result<(Self, mpsc::UnboundedReceiver<Event>), Error> {
+        let listener = Listener::bind(path)?;
+        let (events, receiver) = mpsc::unbounded_channel();
+        let patience = Patience {
+            hello: options.hello,
+            ack: options.ack,
+            retry: options.retry,
+        };
+        let state = State {
+            registry: Registry::new(patience),
+            peers: HashMap::new(),
+            adds: HashMap::new(),
+            removals: HashMap::new(),
+            refused: 0,
+            nacks: 0,
+            timeouts: 0,
+            send_retries: 0,
+        };
+        let shared = Arc::new(Shared {
+            options,
+            state: Mutex::new(state),
+            events,
+        });
+        let stop = CancellationToken::new();
+        tokio::spawn(listen(Arc::clone(&shared), listener, stop.clone()));
+        let handle = Handle {
+            shared,
+            _stop: stop.drop_guard(),
+        };
+        Ok((Self(Arc::new(handle)), receiver))
+    }
+
+    /// The node's pods are listed and their namespaces were looked for: from now on ztunnels get their snapshots.
+    pub fn open(&self) {
+        self.0.shared.change(|state| state.registry.open());
+    }
+
+    /// The pod is in the mesh, and its namespace is not known (any more): ztunnel is asked to keep it if it has it. To be
+    /// followed by [`Server::add`] or [`Server::remove`].
+    ///
+    /// # Errors
+    /// [`AddError::TooLong`] alone.
+    pub fn expect(&self, uid: PodUid, workload: Workload) -> Result<(), AddError> {
+        self.0
+            .shared
+            .change(|state| state.registry.expect(uid, workload))
+    }
+
+    /// The pod is to be served, and this is its namespace. Returns when the ztunnel it went to has acknowledged it; at once
+    /// when that has happened before. Whatever the outcome, the pod is part of later snapshots, and what was refused is
+    /// offered again. Dropping the future gives up the waiting, not the pod.
+    ///
+    /// # Errors
+    /// See [`AddError`].
+    pub async fn add(
+        &self,
+        uid: PodUid,
+        workload: Workload,
+        netns: Arc<OwnedFd>,
+    ) -> Result<Acked, AddError> {
+        let netns = Netns {
+            file: fstat(netns.as_fd())
+                .ok()
+                .map(|stat| (stat.st_dev, stat.st_ino)),
+            fd: netns,
+        };
+        let answer = self.0.shared.change(|state| {
+            match state.registry.add(uid, workload, netns) {
+                Adding::Served(id) => state.acked(id),
+                Adding::Failed(error) => Err(error),
+                Adding::Wait(generation) => {
+                    let (sender, receiver) = oneshot::channel();
+                    let waiting = state.adds.entry(generation).or_default();
+                    // Those who gave up must not pile up behind a ztunnel that is slow.
+                    waiting.retain(|sender| !sender.is_closed());
+                    waiting.push(sender);
+                    return Ok(receiver);
+                }
+            }
+            .map_or_else(|error| Err(Err(error)), |acked| Err(Ok(acked)))
+        });
+        match answer {
+            Ok(receiver) => receiver.await.unwrap_or(Err(AddError::Disconnected)),
+            Err(known) => known,
+        }
+    }
+
+    /// The pod is to be served no more. Returns when every ztunnel has let it go, or after [`Options::remove`]. A pod that
+    /// nobody knows is let go already. Dropping the future gives up the waiting, not the removal.
+    pub async fn remove(&self, uid: &PodUid) -> Removed {
+        let shared = &self.0.shared;
+        let waiting = shared.change(|state| {
+            let id = state.registry.remove(uid)?;
+            let (sender, receiver) = oneshot::channel();
+            state.removals.insert(id, sender);
+            Some((id, receiver))
+        });
+        let Some((id, receiver)) = waiting else {
+            return Removed::default();
+        };
+        let abandon = Abandon { shared, id };
+        match tokio::time::timeout(shared.options.remove, receiver).await {
+            Ok(Ok(removed)) => removed,
+            Ok(Err(_)) | Err(_) => abandon.now(),
+        }
+    }
+
+    /// What there is to see.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let state = self.0.shared.lock();
+        let (pods, expected) = state.registry.wanted();
+        let peers = state
+            .registry
+            .peers()
+            .filter_map(|(id, phase, pending, (served, nacked))| {
+                let peer = state.peers.get(&id)?;
+                Some(PeerStatus {
+                    pid: peer.pid,
+                    connected: peer.connected,
+                    state: phase,
+                    pending,
+                    served,
+                    nacked,
+                })
+            })
+            .collect();
+        Status {
+            open: state.registry.is_open(),
+            pods,
+            expected,
+            peers,
+            refused: state.refused,
+            nacks: state.nacks,
+            timeouts: state.timeouts,
+            send_retries: state.send_retries,
+        }
+    }
+}
+
+/// Takes a removal off the books when nobody waits for it any more.
+struct Abandon<'a> {
+    shared: &'a Shared,
+    id: RemovalId,
+}
+
+impl Abandon<'_> {
+    fn now(&self) -> Removed {
+        self.shared.change(|state| {
+            state.removals.remove(&self.id);
+            state.registry.give_up(self.id)
+        })
+    }
+}
+
+impl Drop for Abandon<'_> {
+    fn drop(&mut self) {
+        let _nobody_asks = self.now();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something to the state, tells who waits for its outcome, and wakes the conversations.
+    fn change<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = work(&mut state);
+        for output in state.registry.outputs() {
+            state.carry_out(output, &self.events);
+        }
+        for peer in state.peers.values() {
+            peer.changed.notify_one();
+        }
+        result
+    }
+
+    fn tell(&self, event: Event) {
+        // The agent that does not listen to events has dropped the other end.
+        let _nobody_listens = self.events.send(event);
+    }
+
+    fn refuse(&self, peer: &Credentials, why: &'static str) {
+        self.lock().refused += 1;
+        tracing::warn!(
+            pid = peer.pid,
+            uid = peer.uid,
+            why,
+            "refused a connection to the ZDS socket"
+        );
+        self.tell(Event::Refused {
+            pid: peer.pid,
+            uid: peer.uid,
+            why,
+        });
+    }
+}
+
+impl State {
+    fn acked(&self, id: PeerId) -> Result<Acked, AddError> {
+        let peer = self.peers.get(&id).ok_or(AddError::Disconnected)?;
+        Ok(Acked {
+            pid: peer.pid,
+            pidfd: peer.pidfd.clone(),
+        })
+    }
+
+    fn carry_out(&mut self, output: Output, events: &mpsc::UnboundedSender<Event>) {
+        let pid = |state: &Self, id| state.peers.get(&id).map_or(0, |peer| peer.pid);
+        let event = match output {
+            Output::Synced(id) => Event::Synced { pid: pid(self, id) },
+            Output::Acked(id, uid) => Event::Acked {
+                uid,
+                pid: pid(self, id),
+            },
+            Output::Nacked(id, uid, error) => {
+                self.nacks += 1;
+                let pid = pid(self, id);
+                tracing::warn!(pid, %uid, error, "ztunnel refused a pod");
+                Event::Nacked { uid, pid, error }
+            }
+            Output::Added(generation, outcome) => {
+                let outcome = outcome.and_then(|id| self.acked(id));
+                for waiting in self.adds.remove(&generation).unwrap_or_default() {
+                    // Who gave up waiting does not want to know.
+                    let _gave_up = waiting.send(outcome.clone());
+                }
+                return;
+            }
+            Output::Removed(id, removed) => {
+                if let Some(waiting) = self.removals.remove(&id) {
+                    let _gave_up = waiting.send(removed);
+                }
+                return;
+            }
+        };
+        let _nobody_listens = events.send(event);
+    }
+}
+
+async fn listen(shared: Arc<Shared>, listener: Listener, stop: CancellationToken) {
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (connection, credentials) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::error!(%error, "cannot accept a ztunnel's connection; if files are short, raise the agent's limit of open files");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        if credentials.uid != shared.options.uid {
+            shared.refuse(&credentials, "it does not run as ztunnel's user");
+            continue;
+        }
+        let Some(pid) = u32::try_from(credentials.pid).ok().filter(|pid| *pid > 0) else {
+            shared.refuse(
+                &credentials,
+                "its process cannot be seen from here: run the agent with hostPID: true",
+            );
+            continue;
+        };
+        if shared.lock().peers.len() >= shared.options.peers {
+            shared.refuse(&credentials, "too many ztunnels are connected");
+            continue;
+        }
+        let pidfd = credentials.pidfd.map(Arc::new);
+        let changed = Arc::new(Notify::new());
+        let id = {
+            let mut state = shared.lock();
+            let id = state.registry.connected(pid, Instant::now());
+            let peer = Peer {
+                pid,
+                pidfd: pidfd.clone(),
+                connected: SystemTime::now(),
+                changed: Arc::clone(&changed),
+            };
+            state.peers.insert(id, peer);
+            id
+        };
+        tracing::info!(pid, "a ztunnel has connected");
+        shared.tell(Event::Connected { pid, pidfd });
+        let (shared, stop) = (Arc::clone(&shared), stop.clone());
+        tokio::spawn(async move {
+            let reason = tokio::select! {
+                () = stop.cancelled() => Reason::Stopped,
+                reason = converse(&shared, id, &connection, &changed) => reason,
+            };
+            // Before anybody is told: who falls back to another ztunnel must not find this one still listening.
+            drop(connection);
+            part(&shared, id, pid, reason);
+        });
+    }
+}
+
+fn part(shared: &Shared, id: PeerId, pid: u32, reason: Reason) {
+    shared.change(|state| {
+        state.registry.gone(id, &reason);
+        state.peers.remove(&id);
+        if matches!(reason, Reason::Late { .. } | Reason::NoHello(_)) {
+            state.timeouts += 1;
+        }
+    });
+    match &reason {
+        Reason::HungUp | Reason::Stopped => tracing::info!(pid, %reason, "a ztunnel has gone"),
+        _ => tracing::warn!(pid, %reason, "hung up on a ztunnel"),
+    }
+    shared.tell(Event::Disconnected { pid, reason });
+}
+
+async fn converse(
+    shared: &Shared,
+    id: PeerId,
+    connection: &Connection,
+    changed: &Notify,
+) -> Reason {
+    loop {
+        let step = shared.lock().registry.next(id, Instant::now());
+        match step {
+            Step::Close(reason) => return reason,
+            Step::Send(message, until) => {
+                if let Err(reason) = send(shared, connection, message, until.into()).await {
+                    return reason;
+                }
+            }
+            Step::Wait(until) => tokio::select! {
+                received = connection.receive() => {
+                    let packet = match received {
+                        Ok(Some(packet)) => packet,
+                        Ok(None) => return Reason::HungUp,
+                        Err(reason) => return reason,
+                    };
+                    let now = Instant::now();
+                    if let Err(reason) = shared.change(|state| state.registry.heard(id, &packet, now)) {
+                        return reason;
+                    }
+                }
+                () = changed.notified() => {}
+                () = sleep_until(until) => {}
+            },
+        }
+    }
+}
+
+async fn send(
+    shared: &Shared,
+    connection: &Connection,
+    message: Message<Netns>,
+    until: tokio::time::Instant,
+) -> Result<(), Reason> {
+    let (request, netns) = match message {
+        Message::Add {
+            uid,
+            workload,
+            netns,
+        } => (add_message(&uid, &workload), Some(netns)),
+        Message::Keep { uid } => (
+            Request::Keep(KeepWorkload {
+                uid: uid.as_str().to_owned(),
+            }),
+            None,
+        ),
+        Message::SnapshotSent => (Request::SnapshotSent(SnapshotSent {}), None),
+        Message::Del { uid } => (
+            Request::Del(DelWorkload {
+                uid: uid.as_str().to_owned(),
+            }),
+            None,
+        ),
+    };
+    let fd = netns.as_ref().map(|netns| netns.fd.as_fd());
+    let tries = connection.send(&request.into_packet(), fd, until).await?;
+    shared.lock().send_retries += u64::from(tries);
+    Ok(())
+}
+
+async fn sleep_until(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until.into()).await,
+        None => std::future::pending().await,
+    }
+}
