@@ -66,6 +66,14 @@ pub(crate) const CLUSTER: &[Package] = &[
         proof: "/usr/lib/cni/bridge",
     },
     Package {
+        name: "curl",
+        proof: "curl",
+    },
+    Package {
+        name: "iproute2",
+        proof: "ip",
+    },
+    Package {
         name: "iptables",
         proof: "iptables-restore",
     },

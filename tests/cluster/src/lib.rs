@@ -17,14 +17,30 @@
 //! Environment: `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`;
 //! `CULVERT_KEEP=1` keeps the files of what has ended.
 
+mod api;
+mod cgroups;
+mod cluster;
 mod control_plane;
+mod controllers;
+mod image;
 mod kubeconfig;
 mod kubectl;
+mod node;
 mod parts;
 mod pki;
 mod place;
+mod plan;
 mod server;
+mod services;
+mod state;
+mod sweep;
+mod tool;
 
+pub use api::Api;
+pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
+pub use image::{BUSYBOX, Image};
 pub use kubectl::Kubectl;
+pub use node::Node;
 pub use parts::{Part, Parts};
+pub use services::Service;

@@ -40,15 +40,7 @@ impl Pki {
     pub(crate) fn create(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         let key = KeyPair::generate().context("making a key")?;
-        let mut params = CertificateParams::default();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "culvert-cluster");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![
-            KeyUsagePurpose::KeyCertSign,
-            KeyUsagePurpose::DigitalSignature,
-        ];
+        let params = authority();
         let certificate = params.self_signed(&key).context("signing the authority")?;
         let this = Self {
             dir: dir.to_path_buf(),
@@ -63,6 +55,18 @@ impl Pki {
             &accounts.public_key_pem(),
         )?;
         Ok(this)
+    }
+
+    /// Opens what was made before, to issue more.
+    pub(crate) fn open(dir: &Path) -> Result<Self> {
+        let file = dir.join("ca.key");
+        let pem =
+            fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let key = KeyPair::from_pem(&pem).with_context(|| format!("parsing {}", file.display()))?;
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            issuer: Issuer::new(authority(), key),
+        })
     }
 
     /// The authority's certificate.
@@ -110,6 +114,19 @@ impl Pki {
         write(&pair.key, &key.serialize_pem())?;
         Ok(pair)
     }
+}
+
+fn authority() -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params
+        .distinguished_name
+        .push(DnType::CommonName, "culvert-cluster");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![
+        KeyUsagePurpose::KeyCertSign,
+        KeyUsagePurpose::DigitalSignature,
+    ];
+    params
 }
 
 fn write(path: &Path, pem: &str) -> Result<()> {

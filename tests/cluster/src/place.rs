@@ -2,13 +2,12 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
-/// A directory that its maker has not locked yet is not taken for left over until it is this old.
-const YOUNG: Duration = Duration::from_secs(60);
+/// The file that says what a cluster consists of.
+pub(crate) const STATE: &str = "state.json";
 
 /// Everything that outlives a test: binaries, images, what failed.
 pub(crate) fn cluster_dir() -> Result<PathBuf> {
@@ -51,7 +50,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes a directory for `name`, and removes those whose makers are gone.
+    /// Makes a directory for `name`.
     pub(crate) fn create(name: &str, serial: u32) -> Result<Self> {
         ensure!(
             !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'),
@@ -60,7 +59,6 @@ impl Scratch {
         let cluster = cluster_dir()?;
         let run = cluster.join("run");
         fs::create_dir_all(&run).with_context(|| format!("making {}", run.display()))?;
-        sweep(&run);
         let path = run.join(format!("{name}-{}-{serial}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         let lock =
@@ -81,11 +79,7 @@ impl Scratch {
         // Only the last failure of a name is of interest.
         let _none = fs::remove_dir_all(&self.failed);
         fs::create_dir_all(&self.failed)?;
-        for entry in fs::read_dir(&self.path)?.flatten() {
-            if entry.path().extension().is_some_and(|kind| kind == "log") {
-                fs::copy(entry.path(), self.failed.join(entry.file_name()))?;
-            }
-        }
+        copy_logs(&self.path, &self.failed, 1)?;
         Ok(())
     }
 }
@@ -106,27 +100,22 @@ impl Drop for Scratch {
     }
 }
 
-/// Removes the directories of processes that were killed. What cannot be removed is tried again by the next.
-fn sweep(run: &Path) {
-    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let age = entry.metadata().and_then(|data| data.modified());
-        let young = age.is_ok_and(|at| {
-            SystemTime::now()
-                .duration_since(at)
-                .is_ok_and(|age| age < YOUNG)
-        });
-        if !young && !path.join(ON_ITS_OWN).exists() && matches!(lock(&path), Ok(Some(_))) {
-            let _next_time = fs::remove_dir_all(&path);
+/// Copies `*.log`, and those of `deeper` levels of directories.
+fn copy_logs(from: &Path, to: &Path, deeper: u32) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)?.flatten() {
+        let (path, copy) = (entry.path(), to.join(entry.file_name()));
+        if path.extension().is_some_and(|kind| kind == "log") {
+            fs::copy(path, copy)?;
+        } else if deeper > 0 && entry.file_type()?.is_dir() {
+            copy_logs(&path, &copy, deeper - 1)?;
         }
     }
+    Ok(())
 }
 
-/// A directory with this file belongs to servers that outlive whoever started them.
-pub(crate) const ON_ITS_OWN: &str = "state.json";
-
 /// Takes the lock that says whose a directory is; `None` while another process has it.
-fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
+pub(crate) fn lock(dir: &Path) -> Result<Option<Flock<File>>> {
     let file = dir.join("lock");
     let open = File::create(&file).with_context(|| format!("making {}", file.display()))?;
     Ok(Flock::lock(open, FlockArg::LockExclusiveNonblock).ok())

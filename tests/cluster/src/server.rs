@@ -15,22 +15,27 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 /// How long the kernel may take to end a killed process on a loaded machine.
 const KILL: Duration = Duration::from_secs(30);
+/// How long a program in front may take to start the one behind it.
+const START: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
 /// Lines of a log that an error shows.
 const TAIL: usize = 15;
 
 /// When a server ends at the latest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Lifetime {
     /// With this process, however that ends.
     WithUs,
+    /// When somebody ends it.
+    OnItsOwn,
 }
 
-/// A server that was started.
-#[derive(Debug, Clone)]
+/// A server that was started, by this process or by another.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Server {
     name: String,
     pid: i32,
@@ -56,6 +61,8 @@ impl Server {
         command.stdin(Stdio::null()).stdout(file).stderr(second);
         match lifetime {
             Lifetime::WithUs => die_with_parent(&mut command),
+            // Ctrl-C on the terminal is not for it.
+            Lifetime::OnItsOwn => drop(command.process_group(0)),
         }
         let (tell, told) = mpsc::channel();
         let keeper = move || {
@@ -90,6 +97,34 @@ impl Server {
         })
     }
 
+    /// The one program that this one has started, which is what was meant: `nsenter` and `unshare` stay in front of it.
+    pub(crate) fn behind(&self) -> Result<Self> {
+        let list = format!("/proc/{0}/task/{0}/children", self.pid);
+        let mut pid = None;
+        self.wait_until("it starts its program", START, || {
+            pid = fs::read_to_string(&list)
+                .ok()
+                .and_then(|text| text.split(' ').next()?.parse().ok());
+            pid.is_some()
+        })?;
+        let pid = pid.context("no program")?;
+        Ok(Self {
+            pid,
+            start_time: start_time(pid).unwrap_or_default(),
+            ..self.clone()
+        })
+    }
+
+    /// What it is called.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process number as this machine counts.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// Whether it runs.
     pub(crate) fn alive(&self) -> bool {
         self.start_time != 0 && start_time(self.pid) == Some(self.start_time)
@@ -107,6 +142,11 @@ impl Server {
     /// Ends it by force and waits until it is gone.
     pub(crate) fn kill(&self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
+        self.wait_for_end()
+    }
+
+    /// Waits until it is gone.
+    pub(crate) fn wait_for_end(&self) -> Result<()> {
         let started = Instant::now();
         while self.alive() {
             ensure!(
