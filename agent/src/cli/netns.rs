@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use culvert::kernel::{
     Netns, Node, inspect, listeners,
     pod::{self, Attached, Detached, Policy},
-    track::Tracker,
+    track::Rescanner,
 };
 use culvert_ebpf::abi::{PROBES_NODE, PROBES_NONE};
 use ipnet::IpNet;
@@ -401,10 +401,10 @@ fn show(global: &Global, path: &std::path::Path) -> anyhow::Result<ExitCode> {
 
 fn watch(global: &Global) -> anyhow::Result<ExitCode> {
     let node = open(global)?;
-    let mut tracker = Tracker::new(&node);
+    let mut tracker = Rescanner::new(&node);
     let mut watched = usize::MAX;
     loop {
-        let round = tracker.run_once(Duration::from_millis(500))?;
+        let round = tracker.run_once(Duration::from_millis(500));
         if round.watched != watched || round.synced > 0 {
             watched = round.watched;
             match global.output {

@@ -18,7 +18,7 @@ use super::{
     netlink::Rtnetlink,
     netns::{self, Netns, NetnsCookie},
     node::Node,
-    sockdiag, sys, sysctl,
+    sockdiag, sys, sysctl, verify,
 };
 use crate::plan::netns as plan;
 
@@ -150,7 +150,6 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
         path: Some(netns.path().to_owned()),
         ..summary
     };
-    let mut problems = Vec::new();
     let guard = netns.enter()?;
     let observed = netconf::observe(&guard, &mut Rtnetlink::open()?)?;
     let open = sockdiag::listeners(&guard)?;
@@ -176,42 +175,10 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
         problems: Vec::new(),
         summary,
     };
-    if report.summary.state != State::Enrolled {
-        problems.push(
-            "not enrolled: attach it, or detach it again once its connections have ended"
-                .to_owned(),
-        );
-    } else {
-        let mut names: Vec<String> = observed
-            .rules
-            .iter()
-            .filter(ours)
-            .filter_map(|r| r.iif.clone())
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        for step in plan::enrol(&observed, &names) {
-            problems.push(format!(
-                "to do: {step}; attach again, or run `culvert netns watch`"
-            ));
-        }
-        if report.summary.addresses != observed.own() {
-            problems.push(format!(
-                "addresses known {:?}, present {:?}: attach again, or run `culvert netns watch`",
-                report.summary.addresses,
-                observed.own()
-            ));
-        }
-        for path in wrong_sysctls {
-            problems.push(format!("{path} is not 1: attach again"));
-        }
-        let link = sys::obj_get(&node.pins().pod(netns.cookie())).ok();
-        let attached = link
-            .and_then(|l| sys::netns_link_info(l.as_fd()).ok())
-            .is_some_and(|i| i.target == netns.inode());
-        if !attached {
-            problems.push("culvert_enter is not attached: attach again".to_owned());
-        }
+    let known = report.summary.addresses.iter().copied().collect();
+    let problems = verify::compare(node, netns, &observed, &wrong_sysctls, &known)?;
+    let problems = problems.into_iter().map(|p| p.what).collect::<Vec<_>>();
+    if report.summary.state == State::Enrolled {
         let foreign = observed.rules.iter().filter(|r| {
             r.pref == 0 && r.protocol != plan::PROTOCOL && (r.foreign || r.mark.is_some())
         });

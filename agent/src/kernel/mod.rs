@@ -23,6 +23,7 @@ pub mod sockdiag;
 mod sys;
 mod sysctl;
 pub mod track;
+pub mod verify;
 
 pub use error::{Cause, Error, Result};
 pub use netns::{Netns, NetnsCookie};

@@ -32,6 +32,13 @@ pub(super) enum Change {
     Delete(RouteNetlinkMessage),
 }
 
+/// What a subscription told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Heard {
+    /// Links or addresses changed, not only routes or rules.
+    pub(super) interfaces: bool,
+}
+
 /// An rtnetlink socket of the namespace it was opened in.
 pub(super) struct Rtnetlink {
     socket: Socket,
@@ -67,16 +74,26 @@ impl Rtnetlink {
         })
     }
 
-    /// Opens one that hears of changes of links, addresses and routes; non-blocking.
+    /// Opens one that hears of changes of links, addresses, routes and rules; non-blocking.
     pub(super) fn subscribe() -> Result<Self> {
         const LINK: u32 = 1;
         const IPV4_ADDRESS: u32 = 5;
         const IPV4_ROUTE: u32 = 7;
+        const IPV4_RULE: u32 = 8;
         const IPV6_ADDRESS: u32 = 9;
         const IPV6_ROUTE: u32 = 11;
+        const IPV6_RULE: u32 = 19;
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
         socket.bind_auto().map_err(fail("bind"))?;
-        for group in [LINK, IPV4_ADDRESS, IPV4_ROUTE, IPV6_ADDRESS, IPV6_ROUTE] {
+        for group in [
+            LINK,
+            IPV4_ADDRESS,
+            IPV4_ROUTE,
+            IPV4_RULE,
+            IPV6_ADDRESS,
+            IPV6_ROUTE,
+            IPV6_RULE,
+        ] {
             socket.add_membership(group).map_err(fail("subscribe to"))?;
         }
         socket.set_non_blocking(true).map_err(fail("configure"))?;
@@ -86,15 +103,20 @@ impl Rtnetlink {
         })
     }
 
-    /// Reads away what a subscription brought; true when there was anything, overflow included.
-    pub(super) fn drain(&self) -> bool {
-        let mut heard = false;
+    /// Reads away what a subscription brought; none when there was nothing.
+    pub(super) fn drain(&self) -> Option<Heard> {
+        let mut heard: Option<Heard> = None;
         let mut buffer = Vec::with_capacity(8192);
         loop {
             buffer.clear();
             match self.socket.recv(&mut buffer, 0) {
-                Ok(_) => heard = true,
-                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => heard = true,
+                Ok(_) => {
+                    heard.get_or_insert_default().interfaces |= concerns_interfaces(&buffer);
+                }
+                // Something was lost: it may have been anything.
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                    heard.get_or_insert_default().interfaces = true;
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return heard,
             }
@@ -250,6 +272,20 @@ fn describe(change: &Change) -> String {
         }
         other => format!("{other:?}"),
     }
+}
+
+/// Is any message of these about a link or an address?
+fn concerns_interfaces(mut buffer: &[u8]) -> bool {
+    const LINKS_AND_ADDRESSES: std::ops::RangeInclusive<u16> = 16..=23;
+    while let [a, b, c, d, e, f, ..] = *buffer {
+        if LINKS_AND_ADDRESSES.contains(&u16::from_ne_bytes([e, f])) {
+            return true;
+        }
+        let length = u32::from_ne_bytes([a, b, c, d]) as usize;
+        let next = length.max(16).next_multiple_of(4).min(buffer.len());
+        buffer = &buffer[next..];
+    }
+    false
 }
 
 fn messages(buffer: &[u8]) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>> {

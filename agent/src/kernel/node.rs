@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -42,7 +42,16 @@ pub struct Node {
     pins: Pins,
     maps: Maps,
     programs: Programs,
+    /// Where the node's programs are attached, when this process attached them.
+    cgroup: Option<File>,
 }
+
+// One node serves all threads of the agent; namespaces are entered by the thread that calls.
+const _: () = {
+    const fn shareable<T: Send + Sync>() {}
+    shareable::<Node>();
+    shareable::<Netns>();
+};
 
 /// What happened to one program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -183,6 +192,7 @@ impl Node {
             pins,
             maps,
             programs,
+            cgroup: None,
         }))
     }
 
@@ -237,6 +247,7 @@ impl Node {
             pins: pins.clone(),
             maps,
             programs,
+            cgroup: cgroup.try_clone().ok(),
         };
         let mut config = node.config()?;
         let current = config.object_id == object::id();
@@ -284,6 +295,11 @@ impl Node {
     #[must_use]
     pub fn programs(&self) -> &Programs {
         &self.programs
+    }
+
+    /// Where the node's programs are attached, as far as this process knows.
+    pub(super) fn cgroup(&self) -> Option<BorrowedFd<'_>> {
+        self.cgroup.as_ref().map(AsFd::as_fd)
     }
 
     /// Takes the lock under which kernel state changes.

@@ -7,6 +7,7 @@
 
 mod entries;
 mod release;
+mod sync;
 
 use std::{
     os::fd::AsFd,
@@ -16,6 +17,8 @@ use std::{
 use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Record, Role, RoleKey, role};
 use ipnet::IpNet;
 pub use release::{collect, detach};
+pub use sync::Synced;
+pub(super) use sync::{sync, sync_sysctls, virtual_names};
 
 use super::{
     error::{Error, Result},
@@ -26,8 +29,8 @@ use super::{
     object::ATTACH_SK_LOOKUP,
     pins, sys, sysctl,
 };
-use crate::plan::netns::{self as plan, Observed};
-use entries::{pod_entry, set_addresses, set_exclusions, set_interfaces};
+use crate::plan::netns as plan;
+use entries::{pod_entry, set_addresses, set_exclusions};
 
 /// How a pod is to be treated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,48 +188,6 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
         node.maps().pods.set(&cookie.0, &pod)?;
     }
     Ok(())
-}
-
-/// Brings an enrolled pod's addresses, routes, rules and interfaces up to date with its namespace.
-/// False when it is not enrolled any more.
-pub fn sync(node: &Node, netns: &Netns) -> Result<bool> {
-    let cookie = netns.cookie();
-    let _lock = node.lock()?;
-    let Some(mut pod) = node.maps().pods.get(&cookie.0)? else {
-        return Ok(false);
-    };
-    let guard = netns.enter()?;
-    let mut netlink = Rtnetlink::open()?;
-    let observed = netconf::observe(&guard, &mut netlink)?;
-    let virtual_interfaces = virtual_names(&observed);
-    // New addresses count as own before anything else: until then connections to them are refused.
-    set_addresses(node, cookie, &observed.own(), true)?;
-    netconf::apply(
-        &guard,
-        &mut netlink,
-        &plan::enrol(&observed, &virtual_interfaces),
-    )?;
-    sysctl::set_all(&guard)?;
-    drop(guard);
-    let before = pod;
-    set_interfaces(&mut pod, &observed, &virtual_interfaces);
-    if pod != before {
-        node.maps().pods.set(&cookie.0, &pod)?;
-    }
-    Ok(true)
-}
-
-/// The virtual interfaces an enrolled pod was given: our rules remember their names.
-fn virtual_names(observed: &Observed) -> Vec<String> {
-    let mut names: Vec<String> = observed
-        .rules
-        .iter()
-        .filter(|r| r.protocol == plan::PROTOCOL)
-        .filter_map(|r| r.iif.clone())
-        .collect();
-    names.sort_unstable();
-    names.dedup();
-    names
 }
 
 fn ensure_link(node: &Node, netns: &Netns) -> Result<()> {

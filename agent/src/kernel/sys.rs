@@ -362,6 +362,26 @@ pub(super) fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
     Attr::new().u32(0, id).call_fd(PROG_GET_FD_BY_ID, 12)
 }
 
+/// Numbers of the programs a cgroup runs at this attach point, those of its parents included.
+pub(super) fn prog_query_effective(
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<Vec<u32>> {
+    const PROG_QUERY: libc::c_long = 16;
+    const QUERY_EFFECTIVE: u32 = 1;
+    const MOST: usize = 64;
+    let mut ids = [0; MOST * 4];
+    let mut attr = Attr::new()
+        .fd(0, cgroup)
+        .u32(4, attach_type)
+        .u32(8, QUERY_EFFECTIVE)
+        .slice_mut(16, &mut ids)
+        .u32(24, 64);
+    attr.call(PROG_QUERY, 32)?;
+    let count = u32_at(&attr.0, 24) as usize;
+    Ok((0..count.min(MOST)).map(|i| u32_at(&ids, i * 4)).collect())
+}
+
 /// Number of CPUs whose values a per-CPU map returns.
 pub(super) fn possible_cpus() -> io::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;

@@ -2,7 +2,12 @@
 //!
 //! `/proc/sys/net` shows the namespace of the thread that opens it, so a [`Guard`] is asked for.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::Path,
+};
 
 use culvert_ebpf::abi::{NO_SYSCTL, Record};
 
@@ -61,14 +66,13 @@ pub(super) fn read_all(_guard: &Guard<'_>) -> Result<[u8; 4]> {
     Ok(values)
 }
 
-/// Sets what is there and not set.
-pub(super) fn set_all(guard: &Guard<'_>) -> Result<()> {
-    for (path, present) in OURS.into_iter().zip(read_all(guard)?) {
-        if present != NO_SYSCTL && present != 1 {
-            write(path, 1)?;
-        }
+/// Sets what is there and not set; returns which.
+pub(super) fn set_all(guard: &Guard<'_>) -> Result<Vec<&'static str>> {
+    let wrong = wrong(guard)?;
+    for path in &wrong {
+        write(path, 1)?;
     }
-    Ok(())
+    Ok(wrong)
 }
 
 /// Puts the recorded values back.
@@ -79,6 +83,33 @@ pub(super) fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The sysctls of one namespace, held open: reading them again takes neither a path nor a change of namespace.
+#[derive(Debug)]
+pub(super) struct Held(Vec<File>);
+
+impl Held {
+    /// Opens them.
+    pub(super) fn open(_guard: &Guard<'_>) -> Result<Self> {
+        let mut files = Vec::with_capacity(OURS.len());
+        for path in OURS {
+            match File::open(path) {
+                Ok(file) => files.push(file),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::system("open", path, e)),
+            }
+        }
+        Ok(Self(files))
+    }
+
+    /// All of them are set. One that cannot be read counts as not: whoever looks closer will say why.
+    pub(super) fn all_set(&self) -> bool {
+        self.0.iter().all(|file| {
+            let mut value = [0; 1];
+            file.read_at(&mut value, 0).is_ok() && value == *b"1"
+        })
+    }
 }
 
 /// Names of those that are not as they have to be.

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 
 const MAP_LOOKUP: libc::c_int = 1;
 const MAP_UPDATE: libc::c_int = 2;
+const MAP_DELETE: libc::c_int = 3;
 const MAP_NEXT_KEY: libc::c_int = 4;
 const OBJ_GET: libc::c_int = 7;
 const PROG_NEXT_ID: libc::c_int = 11;
@@ -138,6 +139,12 @@ impl Map {
         anyhow::ensure!(value.len() == self.value, "a value of another length");
         let mut attr = self.element(key, value.as_ptr() as u64);
         call(MAP_UPDATE, &mut attr).context("writing a map")?;
+        Ok(())
+    }
+
+    /// Deletes a key.
+    pub fn delete(&self, key: &[u8]) -> Result<()> {
+        call(MAP_DELETE, &mut self.element(key, 0)).context("deleting from a map")?;
         Ok(())
     }
 

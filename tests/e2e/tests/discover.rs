@@ -2,7 +2,8 @@
 //! trees.
 #![expect(
     clippy::unwrap_used,
-    reason = "test code: a step that fails is a test that fails"
+    clippy::disallowed_methods,
+    reason = "test code: a step that fails is a test that fails, and pods are processes that it starts"
 )]
 
 use std::{

@@ -131,7 +131,10 @@ impl Ns {
 
     /// Removes a route.
     pub fn del_route(&self, route: &Route) -> Result<()> {
-        let request = RouteNetlinkMessage::DelRoute(self.route_message(route)?);
+        let mut message = self.route_message(route)?;
+        // Whoever made it.
+        message.header.protocol = RouteProtocol::Unspec;
+        let request = RouteNetlinkMessage::DelRoute(message);
         self.netlink()
             .request(request, 0)
             .with_context(|| format!("removing {route:?} in {}", self.name()))

@@ -79,14 +79,22 @@ pub(super) fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfa
     }
 }
 
+/// Which addresses of a pod are new, and which are gone.
+#[derive(Debug, Default)]
+pub(super) struct AddressChange {
+    pub(super) added: Vec<IpAddr>,
+    pub(super) removed: Vec<IpAddr>,
+}
+
 /// Makes `own` the pod's addresses. With `known` there may be others from before.
 pub(super) fn set_addresses(
     node: &Node,
     cookie: NetnsCookie,
     own: &[IpAddr],
     known: bool,
-) -> Result<()> {
+) -> Result<AddressChange> {
     let maps = node.maps();
+    let mut change = AddressChange::default();
     let wanted: Vec<Addr> = own.iter().map(|a| Addr::from(*a)).collect();
     let mut present = Vec::new();
     if known {
@@ -106,6 +114,7 @@ pub(super) fn set_addresses(
             },
             &1,
         )?;
+        change.added.push((*addr).into());
     }
     for addr in own.iter().filter(|a| !is_link_local(**a)) {
         let addr = Addr::from(*addr);
@@ -115,8 +124,9 @@ pub(super) fn set_addresses(
     }
     for addr in present.iter().filter(|a| !wanted.contains(a)) {
         forget_address(node, cookie, *addr)?;
+        change.removed.push((*addr).into());
     }
-    Ok(())
+    Ok(change)
 }
 
 /// Every pod has its own fe80::/10: as a key for the whole node they mean nothing.
