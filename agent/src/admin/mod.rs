@@ -1,3 +1,22 @@
-//! What people and machines ask the agent: health, readiness, metrics, log level.
+//! What people and machines ask the agent: health, readiness, metrics, log level, status.
 //!
 //! Shows what others know; changes nothing but the log level.
+
+mod connections;
+pub mod labels;
+mod listen;
+pub mod logging;
+pub mod metrics;
+pub mod readiness;
+mod routes;
+pub mod server;
+pub mod shutdown;
+pub mod status;
+pub mod verdicts;
+
+pub use logging::LogControl;
+pub use metrics::Metrics;
+pub use readiness::{Liveness, Readiness, Task};
+pub use server::{Admin, AdminError};
+pub use shutdown::Shutdown;
+pub use status::StatusReport;
