@@ -1,3 +1,177 @@
 //! The plugin's place on the host: its binary, its entry in the CNI configuration, and both kept there.
 //!
-//! Knows neither pods nor the kernel.
+//! Knows neither pods nor the kernel. [`conflist`] edits text, [`active`] looks, [`Plan`] says what to change, `files`
+//! changes it.
+
+pub mod active;
+pub mod conflist;
+mod entry;
+mod error;
+mod files;
+mod json;
+mod plan;
+
+use std::path::PathBuf;
+
+pub use conflist::{Entry, PLUGIN};
+pub use entry::{AgentAway, EntryOptions};
+pub use error::{Cause, Error};
+pub use plan::{Operation, Plan};
+
+/// Where our entry goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// [`Mode::OwnList`] beside Cilium, else [`Mode::Chained`].
+    #[default]
+    Auto,
+    /// Into the active configuration.
+    Chained,
+    /// Into a list of our own that sorts before the active configuration and carries its plugins.
+    OwnList,
+    /// Into a configuration that nobody but, say, Multus uses.
+    Standalone,
+}
+
+/// What to install, and where.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where runtimes look for plugins.
+    pub bin_dir: PathBuf,
+    /// Where runtimes look for configurations.
+    pub conf_dir: PathBuf,
+    /// The plugin to copy.
+    pub plugin: PathBuf,
+    /// Where our entry goes.
+    pub mode: Mode,
+    /// The active configuration's name, if it is not to be looked for.
+    pub conf_name: Option<String>,
+    /// The name of a list of our own, if it is not to be derived.
+    pub own_name: Option<String>,
+    /// Files of ours may be read by their group.
+    pub group_read: bool,
+    /// Our entry.
+    pub entry: Entry,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bin_dir: "/opt/cni/bin".into(),
+            conf_dir: "/etc/cni/net.d".into(),
+            plugin: PLUGIN.into(),
+            mode: Mode::Auto,
+            conf_name: None,
+            own_name: None,
+            group_read: false,
+            entry: EntryOptions::default().entry(),
+        }
+    }
+}
+
+/// Puts the plugin in its place and takes it away.
+#[derive(Debug)]
+pub struct Installer {
+    options: Options,
+}
+
+impl Installer {
+    /// Looks at nothing yet.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        Self { options }
+    }
+
+    /// What has to change for the plugin to be in place.
+    pub fn plan(&self) -> Result<Plan, Error> {
+        let o = &self.options;
+        let mut before = self.leftovers();
+        let program = o.bin_dir.join(PLUGIN);
+        if !files::is_program(&o.plugin, &program)? {
+            before.push(Operation::InstallPlugin {
+                from: o.plugin.clone(),
+                path: program,
+            });
+        }
+        let mut plan = plan::install(o, &active::scan(&o.conf_dir)?)?;
+        // The plugin before the entry that has it run.
+        plan.operations.splice(0..0, before);
+        Ok(plan)
+    }
+
+    /// What has to change for all of it to be gone.
+    pub fn plan_uninstall(&self) -> Result<Plan, Error> {
+        let o = &self.options;
+        let configurations = match active::scan(&o.conf_dir) {
+            Err(Error {
+                cause: Cause::System(e),
+                ..
+            }) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            other => other?,
+        };
+        let mut plan = plan::uninstall(&configurations);
+        // The entry before the plugin that it has run.
+        let program = o.bin_dir.join(PLUGIN);
+        if program.symlink_metadata().is_ok() {
+            let why = "uninstall".to_owned();
+            plan.operations.push(Operation::Remove {
+                path: program,
+                before: None,
+                why,
+            });
+        }
+        plan.operations.extend(self.leftovers());
+        Ok(plan)
+    }
+
+    /// Carries out a plan, in its order, up to the first failure.
+    pub fn apply(&self, plan: &Plan) -> Result<(), Error> {
+        plan.operations.iter().try_for_each(carry_out)
+    }
+
+    /// Carries out what can be of a plan: one file that cannot be changed does not keep the others.
+    ///
+    /// # Errors
+    ///
+    /// All that failed.
+    pub fn apply_all(&self, plan: &Plan) -> Result<(), Vec<Error>> {
+        let failed: Vec<Error> = plan
+            .operations
+            .iter()
+            .filter_map(|o| carry_out(o).err())
+            .collect();
+        if failed.is_empty() {
+            Ok(())
+        } else {
+            Err(failed)
+        }
+    }
+
+    fn leftovers(&self) -> Vec<Operation> {
+        let dirs = [&self.options.bin_dir, &self.options.conf_dir];
+        let stale = dirs.into_iter().flat_map(|d| files::stale(d));
+        let why = "a temporary file of ours that was never finished";
+        stale
+            .map(|path| Operation::Remove {
+                path,
+                before: None,
+                why: why.to_owned(),
+            })
+            .collect()
+    }
+}
+
+fn carry_out(operation: &Operation) -> Result<(), Error> {
+    match operation {
+        Operation::InstallPlugin { from, path } => files::program(from, path),
+        Operation::Write {
+            path,
+            before,
+            after,
+            mode,
+            owner,
+            ..
+        } => files::write(path, before.as_deref(), after.as_bytes(), *mode, *owner),
+        Operation::Link { path, to } => files::link(path, to),
+        Operation::Remove { path, before, .. } => files::remove(path, before.as_deref()),
+    }
+}
