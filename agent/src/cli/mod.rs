@@ -1,6 +1,7 @@
 //! Arguments and dispatch.
 
 mod events;
+mod install;
 mod load;
 mod netns;
 mod output;
@@ -65,6 +66,8 @@ enum Command {
     Netns(netns::Command),
     /// Print decisions as they happen.
     Events(events::Args),
+    Install(install::Args),
+    Uninstall(install::UninstallArgs),
 }
 
 /// Runs the command of the process's arguments.
@@ -90,6 +93,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Preflight => load::preflight(global),
         Command::Netns(command) => netns::run(global, command),
         Command::Events(args) => events::run(global, args),
+        Command::Install(args) => install::install(global, args),
+        Command::Uninstall(args) => install::uninstall(global, args),
     };
     match result {
         Ok(code) => code,
