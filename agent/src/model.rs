@@ -81,6 +81,47 @@ pub struct Pod {
     pub addresses: BTreeSet<IpAddr>,
 }
 
+/// What it takes to speak about a pod after it has left the view.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct PodRef {
+    /// `metadata.uid`.
+    pub uid: PodUid,
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+}
+
+impl fmt::Display for PodRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl Pod {
+    /// Names this pod.
+    #[must_use]
+    pub fn reference(&self) -> PodRef {
+        PodRef {
+            uid: self.uid.clone(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+        }
+    }
+
+    /// Whether the node calls this pod by that UID: a static pod's is not its mirror pod's.
+    #[must_use]
+    pub fn is_called(&self, uid: &PodUid) -> bool {
+        self.uid == *uid || self.static_uid.as_ref() == Some(uid)
+    }
+
+    /// What its annotation tells istiod now.
+    #[must_use]
+    pub fn redirection(&self) -> Option<&str> {
+        self.annotations.get(keys::REDIRECTION).map(String::as_str)
+    }
+}
+
 /// A namespace of the cluster.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Namespace {
@@ -99,6 +140,8 @@ pub struct Cluster {
     pub pods: BTreeMap<PodUid, Pod>,
     /// All namespaces by name.
     pub namespaces: BTreeMap<String, Namespace>,
+    /// Pods that ask for the mesh by their own labels have been listed once: who is missing in `opted_in` has none.
+    pub opted_in_listed: bool,
     /// Namespaces in which a pod, on whatever node, asks for the mesh by its own label; with how many do.
     pub opted_in: BTreeMap<String, usize>,
 }
@@ -150,4 +193,20 @@ pub mod keys {
     pub const EXCLUDE_INBOUND_PORTS: &str = "culvert.dev/exclude-inbound-ports";
     /// Annotation of static pods: their UID on the node.
     pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
+    /// Annotation of pods in manifests: path of their network namespace.
+    pub const NETNS: &str = "culvert.dev/netns";
+
+    /// Annotations that are kept; all others are dropped when an object is read.
+    pub const KEPT: [&str; 10] = [
+        SIDECAR_STATUS,
+        REDIRECTION,
+        BYPASS_INBOUND,
+        DNS_CAPTURE,
+        VIRTUAL_INTERFACES,
+        EXCLUDE_OUTBOUND_PORTS,
+        EXCLUDE_OUTBOUND_CIDRS,
+        EXCLUDE_INBOUND_PORTS,
+        CONFIG_HASH,
+        NETNS,
+    ];
 }

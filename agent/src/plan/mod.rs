@@ -2,5 +2,8 @@
 //!
 //! Knows no system call, no clock and no file; [`crate::kernel`] carries the operations out.
 
+pub mod annotations;
 pub mod membership;
 pub mod netns;
+pub mod selector;
+pub mod settings;
