@@ -86,7 +86,10 @@ pub fn ask<B: Serialize, T: DeserializeOwned>(
             Err(failure) => failure,
         };
         away = matches!(failure, Failure::Away { .. });
-        let over = Instant::now() + pause + TOO_LITTLE > deadline;
+        let spare = deadline
+            .saturating_duration_since(Instant::now())
+            .saturating_sub(TOO_LITTLE);
+        let over = spare.is_zero();
         let verdict = match failure {
             Failure::Refused(refusal) if !refusal.retry || (over && !excluded) => {
                 Some(Err(refusal))
@@ -115,7 +118,7 @@ pub fn ask<B: Serialize, T: DeserializeOwned>(
                 away,
             };
         }
-        thread::sleep(pause);
+        thread::sleep(pause.min(spare));
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

@@ -297,6 +297,9 @@ fn hand_over(config: &Config, path: &str, request: &impl Serialize) -> Note {
     let deadline = Instant::now() + DELETE_TIME;
     match client::post::<serde::de::IgnoredAny>(&config.entry.socket, path, request, deadline) {
         Ok(_) => Note::new(Level::Info, "done"),
+        Err(Failure::Refused(refusal)) => {
+            Note::new(Level::Warn, format!("the agent did not take it: {refusal}"))
+        }
         Err(failure) => Note {
             level: Level::Warn,
             message: format!("the agent was not told, and will see for itself: {failure}"),

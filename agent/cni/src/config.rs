@@ -175,6 +175,14 @@ pub fn parse(content: &[u8]) -> Result<Config, Refusal> {
         )]
         valid: Option<Vec<Attachment>>,
     }
+    // Serde would take a list for an object whose keys have been left out.
+    if !content.trim_ascii_start().starts_with(b"{") {
+        return Err(Refusal::for_good(
+            code::DECODING,
+            "the network configuration on stdin is not a JSON object",
+            "the container runtime hands it over; look at the files below /etc/cni/net.d",
+        ));
+    }
     let not_json = |error: serde_json::Error| {
         Refusal::for_good(
             if error.is_data() {

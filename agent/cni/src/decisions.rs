@@ -59,7 +59,7 @@ pub struct Decisions {
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
     /// It could not be opened or read.
-    #[error("{0}")]
+    #[error("it cannot be read: {0}")]
     Io(#[from] io::Error),
     /// Somebody other than root could have written it.
     #[error("it belongs to or can be written by somebody other than root")]
