@@ -12,7 +12,7 @@ const GONE: Duration = Duration::from_secs(20);
 
 /// Makes `/name` in every v1 hierarchy, or in the v2 one where there are none.
 pub(crate) fn create(name: &str) -> Result<()> {
-    for root in hierarchies()? {
+    for root in pods_in(&mounts()?) {
         let dir = root.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         // A cpuset begins empty, and lets no process in until it is not.
@@ -32,9 +32,10 @@ pub(crate) fn create(name: &str) -> Result<()> {
 pub(crate) fn remove(name: &str) -> Result<()> {
     let started = Instant::now();
     loop {
-        let left: Vec<_> = hierarchies()?
+        // On a hybrid machine runc leaves empty ones in the v2 hierarchy too.
+        let left: Vec<_> = mounts()?
             .into_iter()
-            .map(|root| root.join(name))
+            .map(|(_, root)| root.join(name))
             .filter(|dir| dir.exists() && !remove_tree(dir))
             .collect();
         if left.is_empty() {
@@ -57,25 +58,36 @@ fn remove_tree(dir: &Path) -> bool {
     fs::remove_dir(dir).is_ok()
 }
 
-fn hierarchies() -> Result<Vec<PathBuf>> {
+/// The kinds and places of all hierarchies.
+fn mounts() -> Result<Vec<(String, PathBuf)>> {
     let table =
         fs::read_to_string("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?;
-    Ok(hierarchies_in(&table))
+    Ok(mounts_in(&table))
 }
 
-fn hierarchies_in(table: &str) -> Vec<PathBuf> {
-    let mounts = |wanted: &str| -> Vec<PathBuf> {
-        table
-            .lines()
-            .filter_map(|line| {
-                let (mount, kind) = line.split_once(" - ")?;
-                (kind.split(' ').next()? == wanted).then_some(())?;
-                Some(mount.split(' ').nth(4)?.into())
-            })
+fn mounts_in(table: &str) -> Vec<(String, PathBuf)> {
+    table
+        .lines()
+        .filter_map(|line| {
+            let (mount, kind) = line.split_once(" - ")?;
+            let kind = kind.split(' ').next()?;
+            kind.starts_with("cgroup").then_some(())?;
+            Some((kind.to_owned(), mount.split(' ').nth(4)?.into()))
+        })
+        .collect()
+}
+
+/// Where pods are put: in all v1 hierarchies, in the v2 one where there are none.
+fn pods_in(mounts: &[(String, PathBuf)]) -> Vec<&Path> {
+    let of = |wanted: &str| -> Vec<&Path> {
+        mounts
+            .iter()
+            .filter(|(kind, _)| kind == wanted)
+            .map(|(_, root)| root.as_path())
             .collect()
     };
-    let v1 = mounts("cgroup");
-    if v1.is_empty() { mounts("cgroup2") } else { v1 }
+    let v1 = of("cgroup");
+    if v1.is_empty() { of("cgroup2") } else { v1 }
 }
 
 #[cfg(test)]
@@ -86,13 +98,14 @@ mod tests {
     fn pods_go_to_the_v1_hierarchies_where_there_are_any() {
         let v1 = "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu";
         let v2 = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+        let hybrid = mounts_in(&format!(
+            "{v1}\n{v2}\n31 1 0:28 / /tmp rw - tmpfs tmpfs rw\n"
+        ));
+        assert_eq!(hybrid.len(), 2);
+        assert_eq!(pods_in(&hybrid), [Path::new("/sys/fs/cgroup/cpu")]);
         assert_eq!(
-            hierarchies_in(&format!("{v1}\n{v2}\n")),
-            [PathBuf::from("/sys/fs/cgroup/cpu")]
-        );
-        assert_eq!(
-            hierarchies_in(v2),
-            [PathBuf::from("/sys/fs/cgroup/unified")]
+            pods_in(&mounts_in(v2)),
+            [Path::new("/sys/fs/cgroup/unified")]
         );
     }
 }

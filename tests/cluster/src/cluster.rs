@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::api::{Api, Running, Spec};
@@ -31,21 +32,13 @@ const CONTAINERD: Duration = Duration::from_secs(60);
 static SERIAL: AtomicU32 = AtomicU32::new(0);
 
 /// Which network pods get.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Cni {
     /// The reference plugin `bridge`, with kube-proxy
     Bridge,
     /// None: pods wait until a test has brought one
     None,
-}
-
-impl Cni {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Bridge => "bridge",
-            Self::None => "none",
-        }
-    }
 }
 
 /// What kind of cluster it is to be.
@@ -138,8 +131,9 @@ impl Cluster {
         let state = State {
             name: options.name.clone(),
             index: plan.0,
-            cni: options.cni.name().to_owned(),
+            cni: options.cni,
             spec: spec.clone(),
+            ready: false,
             running: Running::default(),
             controllers: Vec::new(),
             nodes: vec![NodeState::default(); usize::from(options.nodes)],
@@ -156,15 +150,15 @@ impl Cluster {
             }
             return Err(error);
         }
+        cluster.note(|state| state.ready = true)?;
         Ok(cluster)
     }
 
     /// The directory of one on its own: whatever is there of an earlier run goes.
     fn make_room(dir: &Path) -> Result<()> {
         if let Ok(earlier) = State::read(dir) {
-            let alive = earlier.running.servers().any(Server::alive);
             ensure!(
-                !alive,
+                !earlier.is_up(),
                 "cluster {} is up already: see `cargo xtask cluster status`, or take it down first",
                 earlier.name
             );
@@ -188,7 +182,7 @@ impl Cluster {
         let dir = dir_of(name)?;
         let up = format!("no cluster {name} is up: start it with `cargo xtask cluster up`");
         let state = State::read(&dir).with_context(|| up.clone())?;
-        ensure!(state.running.servers().any(Server::alive), up);
+        ensure!(state.is_up(), up);
         Ok(Self {
             api: Api::open(state.spec.clone(), state.running.clone())?,
             state: Mutex::new(state),
@@ -345,6 +339,11 @@ impl Cluster {
         self.lock().name.clone()
     }
 
+    /// Which network it was started with.
+    pub fn cni(&self) -> Cni {
+        self.lock().cni
+    }
+
     /// Its nodes.
     pub fn nodes(&self) -> Vec<Node> {
         let state = self.lock();
@@ -432,7 +431,10 @@ impl Cluster {
         let command = self.command_on(node, &service.command_line(&self.api, node)?)?;
         // All of a node ends with its first process.
         let outer = Server::start(node.dir(), service.name(), command, Lifetime::OnItsOwn)?;
-        let server = outer.behind()?;
+        let mut server = outer.behind()?;
+        if service.restarts() {
+            server = server.with_group();
+        }
         self.note(|state| {
             node_state(state, node)
                 .services

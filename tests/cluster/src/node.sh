@@ -14,9 +14,11 @@ done
 mkdir -p "$dir/etc" "$dir/etc.work"
 mount -t overlay -o "lowerdir=/etc,upperdir=$dir/etc,workdir=$dir/etc.work" overlay /etc
 
-# A sysfs shows the network devices of the namespace it is mounted in.
+# A sysfs shows the network devices of the namespace it is mounted in. The machine's goes, with the bpffs on it: programs
+# that find two bpffs in the mount table pin to the wrong one.
 mkdir -p /run/cgroup
 mount --rbind /sys/fs/cgroup /run/cgroup
+umount -R -l /sys
 mount -t sysfs sysfs /sys
 mount --rbind /run/cgroup /sys/fs/cgroup
 umount -l /run/cgroup

@@ -40,6 +40,9 @@ pub(crate) struct Server {
     name: String,
     pid: i32,
     start_time: u64,
+    /// It leads a process group, all of which is meant.
+    #[serde(default)]
+    group: bool,
     log: PathBuf,
 }
 
@@ -93,6 +96,7 @@ impl Server {
             pid,
             // One that has ended already has none, and is not alive.
             start_time: start_time(pid).unwrap_or_default(),
+            group: false,
             log,
         })
     }
@@ -120,6 +124,14 @@ impl Server {
         &self.name
     }
 
+    /// The same, when it leads a process group: signals go to all of it, and it has ended when all have.
+    pub(crate) fn with_group(self) -> Self {
+        Self {
+            group: true,
+            ..self
+        }
+    }
+
     /// Its process number as this machine counts.
     pub(crate) fn pid(&self) -> i32 {
         self.pid
@@ -133,7 +145,8 @@ impl Server {
     /// Sends a signal; one to a server that has ended is lost.
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
         if self.alive() {
-            kill(Pid::from_raw(self.pid), signal)
+            let whom = if self.group { -self.pid } else { self.pid };
+            kill(Pid::from_raw(whom), signal)
                 .with_context(|| format!("sending {signal} to {}", self.name))?;
         }
         Ok(())
@@ -148,7 +161,8 @@ impl Server {
     /// Waits until it is gone.
     pub(crate) fn wait_for_end(&self) -> Result<()> {
         let started = Instant::now();
-        while self.alive() {
+        let group = || self.group && kill(Pid::from_raw(-self.pid), None).is_ok();
+        while self.alive() || group() {
             ensure!(
                 started.elapsed() < KILL,
                 "{} (pid {}) does not end",

@@ -18,6 +18,9 @@ use crate::parts::Part;
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
 /// The name server's address, should there be one.
 const DNS: &str = "10.96.0.10";
+/// Starts a program again and again; killed with it, because both are one process group.
+const AGAIN: &str =
+    r#"while :; do "$@"; echo "ended with $?, to be started again"; sleep 0.5; done"#;
 /// Plugins that the bridge network needs, as Debian has them.
 const PLUGINS: [&str; 5] = ["bridge", "host-local", "loopback", "portmap", "ptp"];
 const PLUGINS_FROM: &str = "/usr/lib/cni";
@@ -42,8 +45,23 @@ impl Service {
         }
     }
 
+    /// Whether it is started again when it ends by itself, as a real node's service manager does: a kubelet ends when it
+    /// finds no container runtime at its start.
+    pub(crate) fn restarts(self) -> bool {
+        self != Self::Containerd
+    }
+
     /// Its command line, in the node.
     pub(crate) fn command_line(self, api: &Api, node: &Node) -> Result<Vec<String>> {
+        let mut line = self.program_line(api, node)?;
+        if self.restarts() {
+            let again = ["setsid", "sh", "-c", AGAIN, self.name()];
+            line.splice(..0, again.map(str::to_owned));
+        }
+        Ok(line)
+    }
+
+    fn program_line(self, api: &Api, node: &Node) -> Result<Vec<String>> {
         let file = |name: &str| node.dir().join(name).display().to_string();
         let program = |part| -> Result<String> { Ok(api.parts().get(part)?.display().to_string()) };
         Ok(match self {

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{Running, Spec};
+use crate::cluster::Cni;
 use crate::node::Node;
 use crate::plan::Plan;
 use crate::server::Server;
@@ -20,8 +21,10 @@ use crate::{place, tool};
 pub(crate) struct State {
     pub(crate) name: String,
     pub(crate) index: u8,
-    pub(crate) cni: String,
+    pub(crate) cni: Cni,
     pub(crate) spec: Spec,
+    /// It came up; one that did not, because it was interrupted, is a leftover.
+    pub(crate) ready: bool,
     pub(crate) running: Running,
     pub(crate) controllers: Vec<Server>,
     pub(crate) nodes: Vec<NodeState>,
@@ -41,6 +44,11 @@ impl State {
 
     pub(crate) fn dir(&self) -> &Path {
         &self.spec.dir
+    }
+
+    /// Whether it came up and is there still.
+    pub(crate) fn is_up(&self) -> bool {
+        self.ready && self.running.servers().any(Server::alive)
     }
 
     /// A node by its number, which counts from 1.

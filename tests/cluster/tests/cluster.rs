@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use culvert_cluster::{Cluster, Options};
+use culvert_cluster::{Cluster, Options, Service};
 
 const LONG: Duration = Duration::from_secs(120);
 
@@ -155,5 +155,83 @@ fn pods_run_on_both_nodes_and_reach_each_other_by_both_families() {
     let bridge = netns.split('-').next().unwrap();
     assert!(!left(&["ip", "-o", "link"]).contains(&format!("{bridge}:")));
     assert!(!left(&["cat", "/proc/mounts"]).contains(&netns));
-    assert!(!left(&["ls", "/sys/fs/cgroup/memory", "/sys/fs/cgroup"]).contains(&netns));
+    assert!(!left(&["find", "/sys/fs/cgroup", "-maxdepth", "2", "-type", "d"]).contains(&netns));
+}
+
+#[test]
+fn a_node_loses_its_power_and_its_services_and_comes_back() {
+    let cluster = Cluster::up(&Options {
+        name: "power".to_owned(),
+        nodes: 1,
+        ..Options::default()
+    })
+    .unwrap();
+    cluster
+        .apply(
+            r#"
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: d, namespace: default}
+spec:
+  selector: {matchLabels: {app: d}}
+  template:
+    metadata: {labels: {app: d}}
+    spec:
+      hostPID: true
+      terminationGracePeriodSeconds: 1
+      containers:
+      - name: d
+        image: culvert.test/busybox:1
+        command: [sleep, "1000000"]
+        volumeMounts: [{name: run, mountPath: /host/run}]
+      volumes: [{name: run, hostPath: {path: /run}}]
+"#,
+        )
+        .unwrap();
+    let rolled_out = ["rollout", "status", "daemonset/d", "--timeout=120s"];
+    cluster.kubectl(&rolled_out).unwrap();
+    let in_pod =
+        |command: &[&str]| cluster.kubectl(&[&["exec", "daemonset/d", "--"][..], command].concat());
+    // Host paths and the host's processes are those of the node, not of the machine.
+    assert!(in_pod(&["ls", "/host/run/node-is-ready"]).is_ok());
+    let processes = in_pod(&["ps", "-o", "args"]).unwrap();
+    assert!(processes.contains("kubelet --config"), "{processes}");
+    assert!(!processes.contains("kube-apiserver"), "{processes}");
+
+    let node = cluster.node("node1").unwrap();
+    let id = || {
+        let pods = cluster.admin().get(&["pods"]).unwrap();
+        pods["items"][0]["status"]["containerStatuses"][0]["containerID"].to_string()
+    };
+    let before = id();
+    for service in [Service::Kubelet, Service::Containerd] {
+        cluster.stop_service(&node, service).unwrap();
+        cluster.start_service(&node, service).unwrap();
+    }
+    cluster
+        .admin()
+        .wait_until(
+            "exec works again",
+            LONG,
+            &["exec", "daemonset/d", "--", "true"],
+            |_| true,
+        )
+        .unwrap();
+    assert_eq!(id(), before, "containers outlive kubelet and containerd");
+
+    cluster
+        .run_on(&node, &["touch", "/run/gone", "/var/lib/stays"])
+        .unwrap();
+    cluster.power_off(&node).unwrap();
+    assert!(cluster.run_on(&node, &["true"]).is_err());
+    cluster
+        .power_on(&node, &[Service::Kubelet, Service::KubeProxy])
+        .unwrap();
+    assert!(cluster.run_on(&node, &["ls", "/run/gone"]).is_err());
+    assert!(cluster.run_on(&node, &["ls", "/var/lib/stays"]).is_ok());
+    let started = Instant::now();
+    while id() == before || in_pod(&["true"]).is_err() {
+        assert!(started.elapsed() < LONG, "the pod does not come back");
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
