@@ -44,6 +44,11 @@ pub(crate) fn ensure_control_plane(project: &Project) -> Result<()> {
     cmd::run(command(project)?.args(["build", "--control-plane"]))
 }
 
+/// Builds all that a cluster consists of.
+pub(crate) fn ensure(project: &Project) -> Result<()> {
+    cmd::run(command(project)?.arg("build"))
+}
+
 fn command(project: &Project) -> Result<std::process::Command> {
     build::binaries(project, Profile::Dev, &["culvert-cluster"])?;
     let mut command = cmd::command(project.binaries(Profile::Dev).join("culvert-cluster"));

@@ -41,7 +41,7 @@ enum Verb {
     Unload,
     /// Watch unmodified programs in network namespaces be carried through a ztunnel, every line checked (root)
     Demo(demo::Args),
-    /// Run the tests: `unit`, `e2e` (root), `vm`, or all of them
+    /// Run the tests: `unit`, `e2e` (root), `cluster` (root), `vm`, or all of them
     Test(test::Args),
     /// Measure against plain loopback, iptables and nftables; results go to target/bench (root)
     Bench(bench::Args),

@@ -15,13 +15,18 @@ use crate::{
 const E2E_THREADS: &str = "6";
 
 /// Packages whose tests make network namespaces: they belong to the suite that has root.
-const PRIVILEGED: [&str; 5] = [
+const PRIVILEGED: [&str; 4] = [
     "culvert-bench",
-    "culvert-cluster",
     "culvert-e2e",
     "culvert-lab",
     "ztunnel-standin",
 ];
+
+/// Packages whose tests stand on a whole Kubernetes.
+const ON_A_CLUSTER: [&str; 1] = ["culvert-cluster"];
+
+/// Clusters of their own that tests may have side by side: each is a dozen servers.
+const CLUSTER_THREADS: &str = "2";
 
 /// A set of tests with the same needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -30,6 +35,8 @@ enum Suite {
     Unit,
     /// Real programs in network namespaces of this machine: needs root
     E2e,
+    /// A real Kubernetes on this machine: needs root
+    Cluster,
     /// The same programs on older kernels, in emulated machines
     Vm,
 }
@@ -53,9 +60,9 @@ pub(crate) struct Args {
 pub(crate) fn main(args: &Args) -> Result<()> {
     let suites = match args.suite {
         Some(suite) => vec![suite],
-        None => vec![Suite::Unit, Suite::E2e, Suite::Vm],
+        None => vec![Suite::Unit, Suite::E2e, Suite::Cluster, Suite::Vm],
     };
-    if suites.contains(&Suite::E2e) {
+    if suites.contains(&Suite::E2e) || suites.contains(&Suite::Cluster) {
         // Known beforehand, so said beforehand.
         host::require_root("test")?;
     }
@@ -66,6 +73,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         let result = match suite {
             Suite::Unit => unit(&project, &args.filter),
             Suite::E2e => e2e(&project, &args.filter),
+            Suite::Cluster => on_a_cluster(&project, &args.filter),
             Suite::Vm => vm::run(&args.filter),
         };
         if let Err(error) = result {
@@ -84,7 +92,7 @@ fn unit(project: &Project, filter: &[String]) -> Result<()> {
     let workspace = || {
         let mut command = cmd::cargo(project);
         command.args(["test", "--locked", "--no-fail-fast", "--workspace"]);
-        for package in PRIVILEGED {
+        for package in PRIVILEGED.iter().chain(&ON_A_CLUSTER) {
             command.args(["--exclude", package]);
         }
         command
@@ -122,6 +130,32 @@ fn e2e(project: &Project, filter: &[String]) -> Result<()> {
             .args(filter),
     )
     .context("end-to-end tests failed; each prints how to look into its namespaces")
+}
+
+fn on_a_cluster(project: &Project, filter: &[String]) -> Result<()> {
+    host::ensure_packages(host::CLUSTER, "the cluster")?;
+    cluster::ensure(project)?;
+    let tests = || {
+        let mut command = cmd::cargo(project);
+        command.args(["test", "--locked", "--no-fail-fast"]);
+        for package in ON_A_CLUSTER {
+            command.args(["--package", package]);
+        }
+        bins::locate(&mut command, project, Profile::Dev);
+        command
+    };
+    require_match(&mut [tests()], filter)?;
+    cmd::run(
+        tests()
+            .args(["--", "--test-threads", CLUSTER_THREADS])
+            .args(filter),
+    )
+    .with_context(|| {
+        format!(
+            "tests on a cluster failed; logs and `kubectl describe` are in {}/cluster/failed",
+            project.target.display()
+        )
+    })
 }
 
 /// A filter that matches nothing would pass without having tested anything.
