@@ -208,6 +208,23 @@ pub fn find<'a>(files: &'a [File], name: Option<&str>) -> Active<'a> {
     active
 }
 
+/// The types of the plugins in a file, as far as there are any, ours left out.
+#[must_use]
+pub(super) fn types(file: &File) -> Vec<String> {
+    let Ok(value) = serde_json::from_slice::<Value>(file.bytes()) else {
+        return Vec::new();
+    };
+    let lone = std::slice::from_ref(&value);
+    let plugins = value
+        .get("plugins")
+        .and_then(Value::as_array)
+        .map_or(lone, Vec::as_slice);
+    let types = plugins
+        .iter()
+        .filter_map(|p| p.get("type").and_then(Value::as_str));
+    types.filter(|t| *t != PLUGIN).map(str::to_owned).collect()
+}
+
 /// Whether a runtime would take it. Laxer than what we edit: a configuration that runs pods but that we cannot edit is an
 /// error, not a reason to look at the next one.
 fn usable(file: &File) -> Result<(), String> {

@@ -181,6 +181,16 @@ fn open_program(path: &Path) -> Result<File, Error> {
     })
 }
 
+/// What changes when a file does: device, inode, size, mode, times of content and inode.
+pub(super) type Stamp = (u64, u64, u64, u32, (i64, i64), (i64, i64));
+
+/// The stamp of a file that is there.
+pub(super) fn stamp(path: &Path) -> Option<Stamp> {
+    let m = fs::metadata(path).ok()?;
+    let times = ((m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec()));
+    Some((m.dev(), m.ino(), m.len(), m.mode(), times.0, times.1))
+}
+
 /// Whether `there` is the program `wanted`, executable and all.
 pub(super) fn is_program(wanted: &Path, there: &Path) -> Result<bool, Error> {
     let source = open_program(wanted)?;

@@ -21,6 +21,11 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "operation", rename_all = "kebab-case")]
 pub enum Operation {
+    /// Remove a temporary file of ours that was never finished.
+    Sweep {
+        /// The file.
+        path: PathBuf,
+    },
     /// Put the plugin in its place.
     InstallPlugin {
         /// The one to copy.
@@ -431,7 +436,8 @@ impl Operation {
     #[must_use]
     pub fn path(&self) -> &Path {
         match self {
-            Self::InstallPlugin { path, .. }
+            Self::Sweep { path }
+            | Self::InstallPlugin { path, .. }
             | Self::Write { path, .. }
             | Self::Link { path, .. }
             | Self::Remove { path, .. } => path,
@@ -443,6 +449,13 @@ impl Operation {
     pub fn describe(&self) -> String {
         let mut text = String::new();
         match self {
+            Self::Sweep { path } => {
+                let _ = writeln!(
+                    text,
+                    "remove {}: a temporary file of ours that was never finished",
+                    path.display()
+                );
+            }
             Self::InstallPlugin { from, path } => {
                 let _ = writeln!(
                     text,
