@@ -28,6 +28,7 @@ pub(crate) fn locate(command: &mut Command, project: &Project, profile: Profile)
     let place = |name: &str| -> Box<Path> { dir.join(name).into() };
     command
         .env("CULVERT_BIN", &*place("culvert"))
+        .env("CULVERT_CNI_BIN", &*place("culvert-cni"))
         .env("ZTUNNEL_STANDIN_BIN", &*place("ztunnel-standin"))
         .env("CULVERT_TARGET_DIR", &project.target);
 }

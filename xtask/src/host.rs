@@ -21,6 +21,11 @@ pub(crate) struct Package {
 
 /// Programs that the demonstration, the end-to-end tests and the benchmarks run, as they come from Debian.
 pub(crate) const PROGRAMS: &[Package] = &[
+    // `bridge` and `host-local`: what the plugin is chained behind.
+    Package {
+        name: "containernetworking-plugins",
+        proof: "/usr/lib/cni/bridge",
+    },
     Package {
         name: "curl",
         proof: "curl",

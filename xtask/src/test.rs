@@ -111,7 +111,8 @@ fn unit(project: &Project, filter: &[String]) -> Result<()> {
 
 fn e2e(project: &Project, filter: &[String]) -> Result<()> {
     host::ensure_packages(host::PROGRAMS, "the end-to-end tests")?;
-    bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
+    let binaries = ["culvert", "culvert-cni", "ztunnel-standin"];
+    bins::ensure(project, Profile::Dev, &binaries)?;
     host::ensure_bpffs()?;
     cluster::ensure_control_plane(project)?;
     let tests = || {

@@ -4,6 +4,7 @@
 
 pub mod bpf;
 pub mod cage;
+pub mod cni;
 pub mod killing;
 pub mod picture;
 pub mod traffic;

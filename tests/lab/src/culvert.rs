@@ -109,3 +109,8 @@ impl Lab {
 fn culvert_binary() -> Result<PathBuf> {
     paths::binary("CULVERT_BIN", "culvert", "cargo xtask build")
 }
+
+/// The CNI plugin's binary.
+pub fn plugin_binary() -> Result<PathBuf> {
+    paths::binary("CULVERT_CNI_BIN", "culvert-cni", "cargo xtask build")
+}

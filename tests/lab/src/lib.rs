@@ -14,8 +14,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Environment: `CULVERT_KEEP=1` keeps the namespaces, pins and cgroup of a lab for inspection, `CULVERT_BIN` and
-//! `ZTUNNEL_STANDIN_BIN` name binaries elsewhere than beside the running one.
+//! Environment: `CULVERT_KEEP=1` keeps the namespaces, pins and cgroup of a lab for inspection, `CULVERT_BIN`,
+//! `CULVERT_CNI_BIN` and `ZTUNNEL_STANDIN_BIN` name binaries elsewhere than beside the running one.
 
 mod bpffs;
 mod capture;
@@ -46,7 +46,7 @@ mod ztunnel;
 pub use capture::Capture;
 pub use client::{Connect, Connecting, connect, roundtrip};
 pub use creds::Creds;
-pub use culvert::CulvertOutput;
+pub use culvert::{CulvertOutput, plugin_binary};
 pub use family::Family;
 pub use lab::Lab;
 pub use nix::sys::signal::Signal;
