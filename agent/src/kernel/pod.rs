@@ -16,7 +16,7 @@ use std::{
 
 use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Record, Role, RoleKey, role};
 use ipnet::IpNet;
-pub use release::{collect, detach};
+pub use release::{collect, detach, forget};
 pub use sync::Synced;
 pub(super) use sync::{sync, sync_sysctls, virtual_names};
 

@@ -5,5 +5,6 @@
 pub mod annotations;
 pub mod membership;
 pub mod netns;
+pub mod pod;
 pub mod selector;
 pub mod settings;

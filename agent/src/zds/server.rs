@@ -212,6 +212,19 @@ impl Server {
         path: &Path,
         options: Options,
     ) -> Result<(Self, mpsc::UnboundedReceiver<Event>), Error> {
+        Self::bind_with(path, options, |_| Ok(()))
+    }
+
+    /// As [`Server::bind`]; each peer's process number is shown to `admit` first, on a thread that may block. Nothing is
+    /// said to a peer before that has returned, and nothing ever to one that it refuses.
+    ///
+    /// # Errors
+    /// As [`Server::bind`].
+    pub fn bind_with(
+        path: &Path,
+        options: Options,
+        admit: impl Fn(u32) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Result<(Self, mpsc::UnboundedReceiver<Event>), Error> {
         let listener = Listener::bind(path)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let patience = Patience {
@@ -235,7 +248,8 @@ impl Server {
             events,
         });
         let stop = CancellationToken::new();
-        tokio::spawn(listen(Arc::clone(&shared), listener, stop.clone()));
+        let admit: Admit = Arc::new(admit);
+        tokio::spawn(listen(Arc::clone(&shared), listener, admit, stop.clone()));
         let handle = Handle {
             shared,
             _stop: stop.drop_guard(),
@@ -453,7 +467,15 @@ impl State {
     }
 }
 
-async fn listen(shared: Arc<Shared>, listener: Listener, stop: CancellationToken) {
+/// Whether a process may be a ztunnel.
+type Admit = Arc<dyn Fn(u32) -> Result<(), String> + Send + Sync>;
+
+async fn listen(
+    shared: Arc<Shared>,
+    listener: Listener,
+    admit: Admit,
+    stop: CancellationToken,
+) {
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -480,6 +502,13 @@ async fn listen(shared: Arc<Shared>, listener: Listener, stop: CancellationToken
         };
         if shared.lock().peers.len() >= shared.options.peers {
             shared.refuse(&credentials, "too many ztunnels are connected");
+            continue;
+        }
+        let admit = Arc::clone(&admit);
+        let admitted = tokio::task::spawn_blocking(move || admit(pid)).await;
+        if let Err(why) = admitted.unwrap_or_else(|error| Err(error.to_string())) {
+            tracing::error!(pid, why, "a ztunnel cannot be served");
+            shared.refuse(&credentials, "it cannot be named as ztunnel");
             continue;
         }
         let pidfd = credentials.pidfd.map(Arc::new);

@@ -42,6 +42,14 @@ pub(super) fn let_go(node: &Node, netns: &Netns) -> Result<Detached> {
     })
 }
 
+/// Clears away what the kernel holds of a pod that is gone. Its namespace, should it still be there, is left as it is:
+/// nobody runs in it any more.
+pub fn forget(node: &Node, cookie: NetnsCookie) -> Result<()> {
+    let _lock = node.lock()?;
+    forget_maps(node, cookie)?;
+    forget_pod(node, cookie)
+}
+
 /// Takes rules, routes and sysctls back; true when there were any.
 fn undo_namespace(guard: &Guard<'_>, record: Option<&Record>) -> Result<bool> {
     let mut netlink = Rtnetlink::open()?;

@@ -1,0 +1,228 @@
+//! `culvert agent`: its parts put together, started in order and ended in order.
+//!
+//! Decides nothing about pods. What a part cannot do without, it fails for at once, with the cure; what may come later
+//! (the API server, ztunnel, the CNI configuration) is waited for under a name in /readyz.
+
+mod counting;
+mod requests;
+mod serving;
+mod ztunnels;
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    admin::{Admin, Liveness, LogControl, Metrics, Readiness, Shutdown},
+    cni_server,
+    config::{Config, Loaded},
+    kernel::{LoadOptions, Netns, Node, pod, track},
+    plan::membership::{self, Settings},
+    reconcile::{Options, Reconciler, live::Live, publish},
+    watch::{Manifests, Source, api, client},
+    zds,
+};
+
+/// The loop is taken for dead when it has made no pass for this many periods.
+const MISSED_PASSES: u32 = 6;
+/// After this long without a list of pods, those that were captured before are taken up without one.
+const RESTORE_AFTER: Duration = Duration::from_secs(5);
+
+/// Runs the agent until it is told to stop.
+pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
+    let Loaded {
+        config, warnings, ..
+    } = loaded;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let shutdown = Shutdown::on_signals(config.shutdown_timeout)?;
+    let end = shutdown.token();
+    let tasks = TaskTracker::new();
+    let metrics = Arc::new(Metrics::new());
+    let readiness = Readiness::default();
+    let liveness = Liveness::new(config.reconcile_period * MISSED_PASSES);
+    let admin = Admin {
+        readiness: readiness.clone(),
+        liveness: liveness.clone(),
+        metrics: Arc::clone(&metrics),
+        log,
+    };
+    // Ports first: one that is taken ends this before anything has been changed.
+    let bound = admin.bind(config.metrics_address, config.health_address)?;
+    tasks.spawn(serving::admin(bound, end.clone()));
+    let listed = readiness.task("watch");
+    listed.set_not_ready("pods and namespaces have not been listed yet");
+    let programs = readiness.task("programs");
+    programs.set_not_ready("not loaded yet");
+
+    let (node, home) = load(&config).await?;
+    programs.set_ready();
+    let settings = settings(&config)?;
+    let source = Arc::new(source(&config, &settings).await?);
+    let cluster = source.subscribe();
+    tasks.spawn(until(end.clone(), {
+        let source = Arc::clone(&source);
+        async move { source.run().await }
+    }));
+
+    let named = ztunnels::can_be_named();
+    let (zds, events) = ztunnels::serve(&config, Arc::clone(&node), named)?;
+    let tracker = Arc::new({
+        let metrics = Arc::clone(&metrics);
+        track::Tracker::start(Arc::clone(&node), move |event| counting::tracked(&metrics, &event))?
+    });
+    let memory = config.run_dir.join("captured.json");
+    let live = Live {
+        node: Arc::clone(&node),
+        tracker: Arc::clone(&tracker),
+        zds: zds.clone(),
+        source: Arc::clone(&source),
+        metrics: Arc::clone(&metrics),
+        fetch: named,
+    };
+    let options = Options {
+        settings: settings.clone(),
+        grace: config.ztunnel_grace.0,
+        named_ztunnel: named,
+        period: config.reconcile_period,
+        concurrency: config.enrolment_concurrency.get(),
+        remembered: publish::recall(&memory),
+        memory: Some(memory),
+    };
+    let reconciler = Reconciler::new(live, options, cluster.clone());
+    tasks.spawn(ztunnels::listen(events, reconciler.clone(), Arc::clone(&metrics), end.clone()));
+    tasks.spawn(counting::keep(
+        reconciler.clone(),
+        Arc::clone(&metrics),
+        liveness,
+        end.clone(),
+    ));
+    counting::verdicts(&metrics, &node);
+    tasks.spawn({
+        let (reconciler, end) = (reconciler.clone(), end.clone());
+        async move { reconciler.run(end).await }
+    });
+    tasks.spawn(until(
+        end.clone(),
+        open_zds(reconciler.clone(), zds.clone(), listed),
+    ));
+    let decisions = readiness.task("decision-file");
+    decisions.set_ready();
+    tasks.spawn(publish::keep(
+        config.decision_file.clone(),
+        cluster.clone(),
+        settings.clone(),
+        end.clone(),
+        move |error| match error {
+            None => decisions.set_ready(),
+            Some(error) => decisions.set_not_ready(format!("cannot be written: {error}")),
+        },
+    ));
+    let requests = Arc::new(requests::Requests {
+        reconciler: reconciler.clone(),
+        source: Arc::clone(&source),
+        cluster: cluster.clone(),
+        settings,
+        home,
+    });
+    let counters = Arc::new(cni_server::Counters::default());
+    let status = serving::Status {
+        node: config.node_name.clone().unwrap_or_default(),
+        started: std::time::Instant::now(),
+        readiness: readiness.clone(),
+        zds,
+        reconciler: reconciler.clone(),
+    };
+    let app = cni_server::router(requests, Arc::clone(&counters)).merge(serving::status(status));
+    let listener = cni_server::Listener::bind(&config.agent_socket)?;
+    tasks.spawn({
+        let end = end.clone();
+        async move { listener.serve(app, end.cancelled_owned()).await }
+    });
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        zds = %config.zds_socket.display(),
+        socket = %config.agent_socket.display(),
+        ztunnel_named = named,
+        "running"
+    );
+    shutdown.requested().await;
+    tasks.close();
+    if !matches!(shutdown.finish(tasks.wait()).await, crate::admin::Ended::Done(())) {
+        tracing::warn!("some work was left to the next agent");
+    }
+    Ok(())
+}
+
+/// Drops a future at the end.
+async fn until(end: CancellationToken, work: impl Future<Output = ()>) {
+    tokio::select! {
+        () = end.cancelled() => {}
+        () = work => {}
+    }
+}
+
+/// The node's programs, this build's; and the cookie of the node's own namespace.
+async fn load(config: &Config) -> Result<(Arc<Node>, u64)> {
+    let options = LoadOptions {
+        bpffs: config.bpffs.clone(),
+        cgroup_root: config.cgroup_root.clone(),
+        probe_source: Some(serving::probe_source(config.probe_source)),
+    };
+    tokio::task::spawn_blocking(move || {
+        let (node, report) = Node::load(&options)?;
+        let collected = pod::collect(&node)?;
+        tracing::info!(adopted = report.adopted, collected, "programs loaded");
+        let home = Netns::current()?.cookie().0;
+        Ok::<_, crate::kernel::Error>((Arc::new(node), home))
+    })
+    .await?
+    .context("loading the programs")
+}
+
+fn settings(config: &Config) -> Result<Settings> {
+    let selectors = match &config.enablement_selectors.0 {
+        None => membership::default_selectors(),
+        Some(selectors) => membership::parse_selectors(&selectors.to_string())
+            .map_err(|why| anyhow::anyhow!("enablement-selectors: {why}"))?,
+    };
+    Ok(Settings {
+        selectors,
+        excluded_namespaces: config.excluded_namespaces.clone(),
+        system_namespace: config.system_namespace.clone(),
+        dns: config.dns_capture,
+        ipv6: config.ipv6,
+        ..Settings::default()
+    })
+}
+
+async fn source(config: &Config, settings: &Settings) -> Result<Source> {
+    if let Some(path) = &config.pods {
+        return Ok(Source::Manifests(Manifests::new(path)));
+    }
+    let node = config.node_name.clone().context(
+        "the node's name is not known: set NODE_NAME from spec.nodeName, or give --node-name; without Kubernetes, give --pods",
+    )?;
+    let kube = client::config(config.kubeconfig.as_deref().map(Path::new)).await?;
+    let options = api::Options {
+        instance: std::env::var("POD_NAME").unwrap_or_else(|_| node.clone()),
+        node,
+        opt_in: settings.opt_in_selectors(),
+    };
+    Ok(Source::Api(api::Api::new(client::connect(&kube)?, options)))
+}
+
+/// Lets ztunnel be answered as soon as it is known whom it has to serve.
+async fn open_zds(reconciler: Reconciler<Live>, zds: zds::Server, listed: crate::admin::Task) {
+    let mut settled = reconciler.settled();
+    let known = tokio::time::timeout(RESTORE_AFTER, settled.wait_for(|s| *s)).await.is_ok();
+    if !known {
+        reconciler.restore().await;
+    }
+    zds.open();
+    if settled.wait_for(|s| *s).await.is_ok() {
+        listed.set_ready();
+    }
+}

@@ -1,0 +1,233 @@
+//! The plugin's requests, answered: which pod is it, does it belong to the mesh, is it safe to start.
+//!
+//! Knows no HTTP and takes no step itself; [`crate::reconcile`] does.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use culvert_cni::api::{
+    AddReply, AddRequest, CheckReply, CheckRequest, DelRequest, GcRequest, PodRef, Refusal,
+    StatusReply, Timings, code,
+};
+use tokio::{sync::watch, time::Instant};
+
+use crate::{
+    cni_server::Handler,
+    kernel::Netns,
+    model::{Cluster, Namespace, Pod},
+    plan::membership::{self, Settings},
+    reconcile::{Answer, Reconciler, live::Live, world::Failure},
+    watch::Source,
+};
+
+/// Kept back from the plugin's budget for the answer's way.
+const MARGIN: Duration = Duration::from_millis(200);
+/// How often a pod that nobody knows yet is looked for again.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Answers the plugin.
+#[derive(Debug)]
+pub(super) struct Requests {
+    pub(super) reconciler: Reconciler<Live>,
+    pub(super) source: Arc<Source>,
+    pub(super) cluster: watch::Receiver<Cluster>,
+    pub(super) settings: Settings,
+    /// Cookie of the node's own network namespace.
+    pub(super) home: u64,
+}
+
+/// What a pod turned out to be.
+enum Known {
+    Pod(Box<Pod>, Option<Namespace>),
+    /// Whatever pod it is, it is not of the mesh.
+    Outside(String),
+}
+
+impl Handler for Requests {
+    async fn add(&self, request: AddRequest) -> Result<AddReply, Refusal> {
+        let started = Instant::now();
+        let budget = Duration::from_millis(request.budget_ms);
+        let deadline = started + budget.saturating_sub(MARGIN);
+        // The plugin keeps it open only until it is answered.
+        let place = open(&request.netns).await?;
+        if place.cookie().0 == self.home {
+            return Ok(outside("it is in the node's own network namespace", Timings::default()));
+        }
+        let known = self.look_up(&request.pod, deadline).await?;
+        let mut timings = Timings {
+            lookup_us: micros(started.elapsed()),
+            ..Timings::default()
+        };
+        let (pod, namespace) = match known {
+            Known::Outside(why) => return Ok(outside(&why, timings)),
+            Known::Pod(pod, namespace) => (pod, namespace),
+        };
+        let sandbox = attachment(&request.network, &request.container_id, &request.ifname);
+        let answer = self
+            .reconciler
+            .add(&pod, namespace.as_ref(), place, &sandbox, deadline)
+            .await;
+        match answer {
+            Ok(Answer::Outside(why)) => Ok(outside(&why, timings)),
+            Ok(Answer::Enrolled { kernel, ztunnel }) => {
+                timings.kernel_us = micros(kernel);
+                timings.ztunnel_us = micros(ztunnel);
+                Ok(AddReply {
+                    enrolled: true,
+                    reason: "captured, and ztunnel serves it".to_owned(),
+                    timings,
+                })
+            }
+            Err(failure) => Err(refusal(&failure)),
+        }
+    }
+
+    async fn del(&self, request: DelRequest) -> Result<(), Refusal> {
+        self.reconciler.del(&attachment(
+            &request.network,
+            &request.container_id,
+            &request.ifname,
+        ));
+        Ok(())
+    }
+
+    async fn check(&self, request: CheckRequest) -> Result<CheckReply, Refusal> {
+        let Some(uid) = &request.pod.uid else {
+            return Ok(CheckReply::default());
+        };
+        match self.reconciler.check(&uid.as_str().into()).await {
+            Ok(Answer::Enrolled { .. }) => Ok(CheckReply {
+                enrolled: true,
+                problem: None,
+            }),
+            Ok(Answer::Outside(_)) => Ok(CheckReply::default()),
+            Err(failure) => Ok(CheckReply {
+                enrolled: true,
+                problem: Some(failure.message),
+            }),
+        }
+    }
+
+    async fn gc(&self, request: GcRequest) -> Result<(), Refusal> {
+        let living = request
+            .valid
+            .iter()
+            .map(|a| attachment(&request.network, &a.container_id, &a.ifname))
+            .collect();
+        let network = format!("{}/", request.network);
+        let gone = self
+            .reconciler
+            .gc(|sandbox| sandbox.starts_with(&network), &living);
+        if gone > 0 {
+            tracing::info!(gone, network = request.network, "let go of sandboxes that the runtime does not know any more");
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> StatusReply {
+        StatusReply {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            broken: None,
+        }
+    }
+}
+
+impl Requests {
+    /// Finds the pod and its namespace: in what is watched, or by asking.
+    async fn look_up(&self, named: &PodRef, deadline: Instant) -> Result<Known, Refusal> {
+        loop {
+            let refusal = match self.look_up_once(named).await {
+                Ok(known) => return Ok(known),
+                Err(refusal) => refusal,
+            };
+            if !refusal.retry || Instant::now() + PAUSE >= deadline {
+                return Err(refusal);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    async fn look_up_once(&self, named: &PodRef) -> Result<Known, Refusal> {
+        let (shown, namespace, could_be_in) = {
+            let cluster = self.cluster.borrow();
+            if !cluster.listed {
+                return Err(Refusal::later(
+                    "the agent does not know the cluster's pods and namespaces yet",
+                    "wait; if it lasts, the agent's log and /readyz say what keeps it from the API server",
+                ));
+            }
+            let shown = named.uid.as_deref().and_then(|uid| {
+                let mut pods = cluster.pods.values();
+                pods.find(|p| p.is_called(uid)).cloned()
+            });
+            let namespace = cluster.namespaces.get(&named.namespace).cloned();
+            let could_be_in = namespace.as_ref().is_none_or(|ns| {
+                let opted_in = cluster.opted_in.get(&named.namespace).copied().unwrap_or(0);
+                membership::could_be_in(&named.namespace, &ns.labels, opted_in, &self.settings)
+            });
+            (shown, namespace, could_be_in)
+        };
+        if self.settings.excluded_namespaces.contains(&named.namespace) {
+            return Ok(Known::Outside("its namespace is excluded by configuration".to_owned()));
+        }
+        if let Some(pod) = shown {
+            return Ok(Known::Pod(Box::new(pod), namespace));
+        }
+        match self.source.get_pod(&named.namespace, &named.name).await {
+            Ok(Some(pod)) if named.uid.as_deref().is_none_or(|uid| pod.is_called(uid)) => {
+                Ok(Known::Pod(Box::new(pod), namespace))
+            }
+            Ok(_) => Err(Refusal::later(
+                format!("the API server knows no pod {named} with this UID"),
+                "wait; a pod that was deleted meanwhile is not tried again",
+            )),
+            // Whatever its labels are: nobody in that namespace asks for the mesh, as far as the watch tells.
+            Err(error) if !could_be_in => {
+                tracing::warn!(pod = %named, %error, "starts outside the mesh, as its namespace says, unseen");
+                Ok(Known::Outside("nothing in its namespace asks for the mesh".to_owned()))
+            }
+            Err(error) => Err(Refusal::later(
+                format!("the API server could not be asked about pod {named}: {error}"),
+                "look at the API server and at the agent's way to it",
+            )),
+        }
+    }
+}
+
+async fn open(path: &str) -> Result<Netns, Refusal> {
+    let owned = path.to_owned();
+    let opened = tokio::task::spawn_blocking(move || Netns::open(Path::new(&owned))).await;
+    match opened {
+        Ok(Ok(netns)) => Ok(netns),
+        Ok(Err(error)) => Err(Refusal::for_good(
+            code::INVALID_ENVIRONMENT,
+            error.to_string(),
+            "the agent must see the plugin's process: run it with hostPID: true",
+        )),
+        Err(error) => Err(Refusal::later(format!("opening {path}: {error}"), "")),
+    }
+}
+
+fn attachment(network: &str, container_id: &str, ifname: &str) -> String {
+    format!("{network}/{container_id}/{ifname}")
+}
+
+fn outside(why: &str, timings: Timings) -> AddReply {
+    AddReply {
+        enrolled: false,
+        reason: why.to_owned(),
+        timings,
+    }
+}
+
+fn refusal(failure: &Failure) -> Refusal {
+    let look = "`culvert status` and the pod's events say more";
+    if failure.retry {
+        Refusal::later(&failure.message, look)
+    } else {
+        Refusal::for_good(code::CANNOT_ENROL, &failure.message, look)
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,217 @@
+//! What the agent remembers of one pod between two looks at it.
+//!
+//! Nothing here is truth: all of it may be lost and is found again from the cluster, the kernel and ztunnel.
+
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::world::{Failure, Target};
+use crate::{
+    kernel::pod::Policy,
+    model::Redirection,
+    plan::pod::{Kernel, Observed, Wish, Ztunnel},
+};
+
+/// First pause after a failure.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause between two tries.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// One pod.
+#[derive(Debug)]
+pub(super) struct Entry<P> {
+    pub(super) target: Target,
+    pub(super) wish: Wish,
+    /// How it is to be captured while the wish is to be in.
+    pub(super) policy: Policy,
+    pub(super) place: Option<Arc<P>>,
+    /// The plugin's name for the sandbox whose namespace `place` is.
+    pub(super) sandbox: Option<String>,
+    /// As what the kernel captures it now; none = it does not.
+    pub(super) captured: Option<Policy>,
+    /// Something of the kernel's side is missing.
+    pub(super) broken: bool,
+    pub(super) draining: usize,
+    pub(super) ztunnel: Ztunnel,
+    pub(super) annotation: Option<Redirection>,
+    /// What the watch showed last: it may lag behind what we wrote.
+    pub(super) shown_annotation: Option<Redirection>,
+    /// `status.podIPs`: with these the namespace is confirmed, and a change of them is a reason to look again.
+    pub(super) addresses: BTreeSet<IpAddr>,
+    pub(super) trouble: Option<Trouble>,
+    /// The annotation could not be written.
+    pub(super) mute: Option<Trouble>,
+    /// Somebody is at it.
+    pub(super) busy: bool,
+    /// When the plugin brought it, as long as the watch has not shown it.
+    pub(super) ahead_of_watch: Option<Instant>,
+    /// The runtime has taken its sandbox down: whatever the cluster says, there is nothing to capture until the
+    /// plugin brings another.
+    pub(super) ended: bool,
+    /// Why it is not in the mesh, in words.
+    pub(super) reason: String,
+    pub(super) warnings: Vec<String>,
+    /// How long the kernel's side and ztunnel's took last.
+    pub(super) took: [Duration; 2],
+    /// What was said last, so that it is not said again.
+    pub(super) said: Option<String>,
+}
+
+/// A failure and what follows from it.
+#[derive(Clone, Debug)]
+pub(super) struct Trouble {
+    pub(super) failure: Failure,
+    pub(super) tries: u32,
+    /// None: nothing is tried until something changes.
+    pub(super) again: Option<Instant>,
+}
+
+impl<P> Entry<P> {
+    pub(super) fn new(target: Target) -> Self {
+        Self {
+            target,
+            wish: Wish::Out,
+            policy: Policy::default(),
+            place: None,
+            sandbox: None,
+            captured: None,
+            broken: false,
+            draining: 0,
+            ztunnel: Ztunnel::Untold,
+            annotation: None,
+            shown_annotation: None,
+            addresses: BTreeSet::new(),
+            trouble: None,
+            mute: None,
+            busy: false,
+            ahead_of_watch: None,
+            ended: false,
+            reason: String::new(),
+            warnings: Vec::new(),
+            took: [Duration::ZERO; 2],
+            said: None,
+        }
+    }
+
+    /// The pod's state in the plan's terms.
+    pub(super) fn observed(&self, now: Instant) -> Observed {
+        let kernel = match &self.captured {
+            Some(policy) if *policy == self.policy && !self.broken => Kernel::In,
+            Some(_) => Kernel::Stale,
+            None if self.draining > 0 => Kernel::Draining,
+            None => Kernel::Out,
+        };
+        Observed {
+            placed: self.place.is_some(),
+            kernel,
+            ztunnel: self.ztunnel,
+            annotation: self.annotation,
+            mute: !is_due(self.mute.as_ref(), now),
+        }
+    }
+
+    /// May it be tried now?
+    pub(super) fn due(&self, now: Instant) -> bool {
+        is_due(self.trouble.as_ref(), now)
+    }
+
+    /// When something that failed may be tried again.
+    pub(super) fn again(&self) -> Option<Instant> {
+        [&self.trouble, &self.mute]
+            .into_iter()
+            .filter_map(|t| t.as_ref()?.again)
+            .min()
+    }
+
+    /// Notes a failure and when to try again.
+    pub(super) fn failed(&mut self, failure: Failure, now: Instant) {
+        self.trouble = Some(Trouble::after(self.trouble.as_ref(), failure, now));
+    }
+
+    /// Notes that the annotation could not be written, which holds up nothing else.
+    pub(super) fn muted(&mut self, failure: Failure, now: Instant) {
+        self.mute = Some(Trouble::after(self.mute.as_ref(), failure, now));
+    }
+
+    /// The pod is in another namespace than was known: nothing is known of that one.
+    pub(super) fn move_to(&mut self, place: Arc<P>, sandbox: Option<String>) {
+        self.place = Some(place);
+        self.sandbox = sandbox;
+        self.captured = None;
+        self.broken = false;
+        self.draining = 0;
+        self.ztunnel = Ztunnel::Untold;
+        self.trouble = None;
+        self.ended = false;
+    }
+}
+
+impl Trouble {
+    /// Twice the pause each time, up to a cap.
+    fn after(before: Option<&Self>, failure: Failure, now: Instant) -> Self {
+        let tries = before.map_or(0, |t| t.tries) + 1;
+        let pause = FIRST_PAUSE
+            .saturating_mul(1 << (tries - 1).min(10))
+            .min(LONGEST_PAUSE);
+        let again = failure.retry.then(|| now + pause);
+        Self {
+            failure,
+            tries,
+            again,
+        }
+    }
+}
+
+fn is_due(trouble: Option<&Trouble>, now: Instant) -> bool {
+    trouble.is_none_or(|t| t.again.is_some_and(|again| again <= now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> Entry<()> {
+        Entry::new(Target {
+            uid: "u".into(),
+            static_uid: None,
+            namespace: "n".into(),
+            name: "p".into(),
+            service_account: "s".into(),
+        })
+    }
+
+    #[test]
+    fn pauses_double_up_to_a_cap_and_never_end() {
+        let mut entry = entry();
+        let now = Instant::now();
+        let mut pauses = Vec::new();
+        for _ in 0..40 {
+            entry.failed(
+                Failure {
+                    message: "no".into(),
+                    retry: true,
+                },
+                now,
+            );
+            let again = entry.trouble.as_ref().and_then(|t| t.again).unwrap();
+            pauses.push((again - now).as_millis());
+        }
+        assert_eq!(pauses[..4], [500, 1000, 2000, 4000]);
+        assert_eq!(pauses[39], 60_000);
+    }
+
+    #[test]
+    fn what_no_retry_helps_waits_for_a_change() {
+        let mut entry = entry();
+        let now = Instant::now();
+        entry.failed(
+            Failure {
+                message: "never".into(),
+                retry: false,
+            },
+            now,
+        );
+        assert!(!entry.due(now + Duration::from_secs(86_400)));
+    }
+}

@@ -1,0 +1,317 @@
+//! The verbs for real: kernel, ztunnel, and whoever the pods come from.
+//!
+//! Decides nothing. Kernel calls block and change their thread's namespace, so they run on threads of their own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    path::Path,
+    sync::Arc,
+    time::Instant,
+};
+
+use culvert_ebpf::abi::role;
+
+use super::world::{Failure, Left, Notice, Target, World};
+use crate::{
+    admin::metrics::{Metrics, Stage},
+    kernel::{
+        self, Netns, Node, discover, listeners,
+        pod::{self, Detached, Policy},
+        track, verify,
+    },
+    model::{PodUid, Redirection},
+    watch::{Event, Source},
+    zds,
+};
+
+/// The world as it is.
+#[derive(Debug)]
+pub struct Live {
+    /// The kernel's side.
+    pub node: Arc<Node>,
+    /// Keeps captured pods in step with their namespaces.
+    pub tracker: track::Handle,
+    /// ztunnel's side.
+    pub zds: zds::Server,
+    /// Where pods come from and annotations go.
+    pub source: Arc<Source>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// ztunnel's listeners are fetched from its process when they are not registered.
+    pub fetch: bool,
+}
+
+impl From<kernel::Error> for Failure {
+    fn from(error: kernel::Error) -> Self {
+        Self {
+            message: error.to_string(),
+            retry: error.retryable,
+        }
+    }
+}
+
+/// Runs a kernel call on a thread that may block and enter namespaces.
+async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> kernel::Result<T> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(result) => result.map_err(Failure::from),
+        Err(error) => Err(Failure {
+            message: format!("a kernel call did not end well: {error}"),
+            retry: true,
+        }),
+    }
+}
+
+impl World for Live {
+    type Place = Netns;
+
+    async fn find(
+        &self,
+        pods: Vec<(Target, Vec<IpAddr>)>,
+    ) -> Result<HashMap<PodUid, Arc<Netns>>, Failure> {
+        // On the node, a static pod goes by its configuration's hash.
+        let wanted: BTreeMap<String, (PodUid, BTreeSet<IpAddr>)> = pods
+            .into_iter()
+            .map(|(target, addresses)| {
+                let name = target.static_uid.as_ref().unwrap_or(&target.uid).to_string();
+                (name, (target.uid, addresses.into_iter().collect()))
+            })
+            .collect();
+        // Where a manifest names the namespace there is no need to look.
+        let named: HashMap<PodUid, _> = wanted
+            .values()
+            .filter_map(|(uid, _)| Some((uid.clone(), self.source.netns_path(uid)?)))
+            .collect();
+        blocking(move || {
+            let mut found = HashMap::new();
+            for (uid, path) in named {
+                match Netns::open(&path) {
+                    Ok(netns) => drop(found.insert(uid, Arc::new(netns))),
+                    Err(error) => tracing::warn!(%error, "a manifest names a namespace that cannot be opened"),
+                }
+            }
+            let by_uid: BTreeMap<&str, &BTreeSet<IpAddr>> = wanted
+                .iter()
+                .filter(|(_, (uid, _))| !found.contains_key(uid))
+                .map(|(name, (_, addresses))| (name.as_str(), addresses))
+                .collect();
+            if by_uid.is_empty() {
+                return Ok(found);
+            }
+            let mut discovered = discover::discover(Path::new("/proc"), &by_uid)?;
+            for (uid, looked_at) in &discovered.unconfirmed {
+                tracing::warn!(
+                    uid,
+                    looked_at,
+                    "the pod's processes are in no namespace that owns one of its addresses"
+                );
+            }
+            let denied = discovered.denied.take();
+            for (name, (uid, _)) in &wanted {
+                if let Some(netns) = discovered.found.remove(name) {
+                    found.insert(uid.clone(), netns);
+                }
+            }
+            match denied {
+                Some(error) if found.is_empty() => Err(error),
+                _ => Ok(found),
+            }
+        })
+        .await
+    }
+
+    async fn recover(&self, pods: Vec<(Target, u64)>) -> HashMap<PodUid, Arc<Netns>> {
+        let found = blocking(move || {
+            let by_name: BTreeMap<String, (PodUid, u64)> = pods
+                .into_iter()
+                .map(|(t, cookie)| (t.static_uid.as_ref().unwrap_or(&t.uid).to_string(), (t.uid, cookie)))
+                .collect();
+            let names = by_name.keys().map(String::as_str).collect();
+            let scan = discover::scan(Path::new("/proc"), &names)?;
+            let found = scan.candidates.into_iter().filter_map(|(name, places)| {
+                let (uid, cookie) = by_name.get(&name)?;
+                let place = places.into_iter().find(|p| p.cookie().0 == *cookie)?;
+                Some((uid.clone(), place))
+            });
+            Ok(found.collect())
+        });
+        found.await.unwrap_or_else(|failure| {
+            tracing::warn!(%failure, "looking for the pods of an earlier agent");
+            HashMap::new()
+        })
+    }
+
+    async fn attach(
+        &self,
+        _: &Target,
+        place: Arc<Netns>,
+        policy: Policy,
+    ) -> Result<(), Failure> {
+        let started = Instant::now();
+        let node = Arc::clone(&self.node);
+        let netns = Arc::clone(&place);
+        blocking(move || pod::attach(&node, &netns, &policy)).await?;
+        self.tracker.watch(place);
+        self.metrics.enrolment(Stage::Kernel, started.elapsed());
+        Ok(())
+    }
+
+    async fn detach(&self, _: &Target, place: Arc<Netns>) -> Result<Left, Failure> {
+        self.tracker.forget(place.cookie());
+        let node = Arc::clone(&self.node);
+        Ok(match blocking(move || pod::detach(&node, &place)).await? {
+            Detached::Gone | Detached::NotEnrolled => Left::Nothing,
+            Detached::Draining(n) => Left::Connections(n),
+        })
+    }
+
+    async fn forget(&self, _: &Target, place: Arc<Netns>) -> Result<(), Failure> {
+        self.tracker.forget(place.cookie());
+        let node = Arc::clone(&self.node);
+        blocking(move || pod::forget(&node, place.cookie())).await
+    }
+
+    async fn tell(&self, target: &Target, place: Arc<Netns>) -> Result<(), Failure> {
+        let started = Instant::now();
+        let acked = self
+            .zds
+            .add(target.uid.clone(), workload(target), Arc::clone(&place))
+            .await
+            .map_err(|error| Failure {
+                message: error.to_string(),
+                retry: true,
+            })?;
+        let (node, fetch) = (Arc::clone(&self.node), self.fetch);
+        // An acknowledgement is ztunnel's word; what counts is whether connections would find it.
+        blocking(move || confirm_listeners(&node, &place, fetch.then_some(acked.pid))).await?;
+        self.metrics.enrolment(Stage::Ztunnel, started.elapsed());
+        Ok(())
+    }
+
+    fn expect(&self, target: &Target) {
+        self.zds.expect(target.uid.clone(), workload(target));
+    }
+
+    async fn untell(&self, target: &Target) -> Result<(), Failure> {
+        self.zds.remove(&target.uid).await;
+        Ok(())
+    }
+
+    async fn annotate(&self, target: &Target, value: Option<Redirection>) -> Result<(), Failure> {
+        self.source
+            .set_redirection(&target.namespace, &target.name, &target.uid, value)
+            .await
+            .map_err(|error| Failure {
+                message: error.to_string(),
+                retry: true,
+            })
+    }
+
+    async fn say(&self, target: &Target, notice: Notice) {
+        self.metrics.notice(&notice);
+        let (warning, reason, message) = match notice {
+            Notice::Enrolled => {
+                tracing::info!(pod = %target, uid = %target.uid, "in the mesh");
+                return;
+            }
+            Notice::Unenrolled => {
+                tracing::info!(pod = %target, uid = %target.uid, "out of the mesh");
+                return;
+            }
+            Notice::Repaired(what) => (true, "CulvertRepaired", format!("capture was repaired: {what}")),
+            Notice::Failed(failure) => (
+                true,
+                "CulvertEnrolmentFailed",
+                if failure.retry {
+                    format!("{failure}; it is tried again, with growing pauses of up to a minute")
+                } else {
+                    format!("{failure}; it is tried again when the pod or its settings change")
+                },
+            ),
+            Notice::Refused(why) => (true, "CulvertRefused", why),
+            Notice::Ignored(why) => (true, "CulvertIgnored", why),
+        };
+        tracing::warn!(pod = %target, uid = %target.uid, reason, message);
+        self.source
+            .event(Event {
+                namespace: target.namespace.clone(),
+                name: target.name.clone(),
+                uid: target.uid.clone(),
+                warning,
+                reason,
+                message,
+            })
+            .await;
+    }
+
+    async fn verify(&self, places: Vec<(PodUid, Arc<Netns>)>) -> Vec<(PodUid, String)> {
+        let node = Arc::clone(&self.node);
+        let checked = blocking(move || {
+            let cookies: Vec<_> = places.iter().map(|(_, p)| p.cookie()).collect();
+            let problems = verify::verify_quick(&node, &cookies)?;
+            let named = problems.into_iter().filter_map(|problem| {
+                let (uid, _) = places.iter().find(|(_, p)| p.cookie() == problem.cookie)?;
+                Some((uid.clone(), problem.to_string()))
+            });
+            Ok(named.collect())
+        });
+        match checked.await {
+            Ok(problems) => problems,
+            Err(failure) => {
+                tracing::warn!(%failure, "asking the kernel about captured pods");
+                Vec::new()
+            }
+        }
+    }
+
+    fn captured(&self, place: &Netns) -> bool {
+        let pod = self.node.maps().pods.get(&place.cookie().0);
+        matches!(pod, Ok(Some(_)))
+    }
+
+    fn strays(&self, known: &[Arc<Netns>]) -> usize {
+        let known: BTreeSet<u64> = known.iter().map(|p| p.cookie().0).collect();
+        let pods = self.node.maps().pods.keys().unwrap_or_default();
+        pods.iter().filter(|c| !known.contains(c)).count()
+    }
+
+    fn cookie(&self, place: &Netns) -> u64 {
+        place.cookie().0
+    }
+}
+
+fn workload(target: &Target) -> zds::Workload {
+    zds::Workload {
+        name: target.name.clone(),
+        namespace: target.namespace.clone(),
+        service_account: target.service_account.clone(),
+    }
+}
+
+/// Makes sure that the kernel knows ztunnel's listeners in the pod; those it missed are fetched from process `pid`.
+fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Result<()> {
+    let missing = || -> kernel::Result<bool> {
+        let known = listeners::registered(node, netns)?;
+        let wanted = [role::OUTBOUND, role::INBOUND];
+        Ok(!wanted.iter().all(|r| known.iter().any(|(role, ..)| role == r)))
+    };
+    if !missing()? {
+        return Ok(());
+    }
+    if let Some(pid) = pid {
+        listeners::fetch(node, netns, pid)?;
+    }
+    if missing()? {
+        let mut error = kernel::Error::wrong(
+            "find ztunnel's listeners in",
+            netns.path().display(),
+            "ztunnel acknowledged the pod but does not listen there on 15001 and 15006 with its mark",
+            "look at ztunnel's log; it needs CAP_NET_ADMIN to mark its sockets",
+        );
+        error.retryable = true;
+        return Err(error);
+    }
+    Ok(())
+}

@@ -1,0 +1,322 @@
+//! One look at everything: what each pod should be, what is in the way, who is worked on next.
+//!
+//! Decides through [`crate::plan`]; the work itself is in [`super::steps`].
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{
+    Entry, Reconciler,
+    steps::Goal,
+    world::{Failure, Notice, Target, World},
+};
+use crate::{
+    kernel::pod::Policy,
+    model::{Cluster, Pod, PodUid, Redirection, keys},
+    plan::{
+        membership::{self, Membership, Reason},
+        pod::{Step, Wish, next},
+    },
+};
+
+/// How long a pod that the plugin brought may be missing from the watch.
+const WATCH_LAG: Duration = Duration::from_secs(60);
+
+/// What a pass found to do.
+struct Todo {
+    notices: Vec<(Target, Notice)>,
+    drive: Vec<PodUid>,
+    find: Vec<(Target, Vec<IpAddr>)>,
+}
+
+impl<W: World> Reconciler<W> {
+    /// Compares and sets to work; before the cluster is listed, only on what was restored. With `full` the kernel is asked whether it is still as it was left.
+    pub(super) async fn pass(&self, full: bool) {
+        let listed = self.inner.cluster.borrow().listed;
+        if full && listed {
+            self.verify().await;
+        }
+        let todo = self.look(full);
+        for (target, notice) in todo.notices {
+            let this = self.clone();
+            tokio::spawn(async move { this.inner.world.say(&target, notice).await });
+        }
+        for uid in todo.drive {
+            let this = self.clone();
+            tokio::spawn(async move { this.drive(&uid, Goal::Rest).await });
+        }
+        if !todo.find.is_empty() {
+            let this = self.clone();
+            tokio::spawn(async move { this.find(todo.find).await });
+        }
+    }
+
+    /// Asks the kernel about the pods it is believed to capture, and about those nobody knows of.
+    async fn verify(&self) {
+        let places: Vec<_> = {
+            let entries = self.entries();
+            let captured = entries
+                .iter()
+                .filter(|(_, e)| e.captured.is_some() && !e.busy);
+            captured
+                .filter_map(|(uid, e)| Some((uid.clone(), Arc::clone(e.place.as_ref()?))))
+                .collect()
+        };
+        for (uid, problem) in self.inner.world.verify(places).await {
+            if let Some(entry) = self.entries().get_mut(&uid)
+                && !entry.busy
+            {
+                tracing::warn!(pod = %entry.target, %problem, "not as it was left");
+                entry.broken = true;
+                entry.reason = problem;
+            }
+        }
+        self.adopt().await;
+    }
+
+    /// Lays claim to what an earlier agent, or a person, had the kernel capture.
+    async fn adopt(&self) {
+        let known: Vec<_> = {
+            let entries = self.entries();
+            let held = entries
+                .values()
+                .filter(|e| e.captured.is_some() || e.draining > 0 || e.busy);
+            held.filter_map(|e| e.place.clone()).collect()
+        };
+        let strays = self.inner.world.strays(&known);
+        let seen = |now: usize| {
+            let mut unclaimed = self
+                .inner
+                .unclaimed
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            std::mem::replace(&mut *unclaimed, now)
+        };
+        if strays == 0 || strays == seen(strays) {
+            seen(strays);
+            return;
+        }
+        let candidates: Vec<(Target, Vec<IpAddr>)> = {
+            let (cluster, entries) = (self.inner.cluster.borrow(), self.entries());
+            let pods = cluster.pods.values().filter(|p| !p.host_network);
+            pods.filter(|p| entries.get(&p.uid).is_none_or(|e| e.place.is_none()))
+                .map(|p| (target(p), p.addresses.iter().copied().collect()))
+                .collect()
+        };
+        let found = match self.inner.world.find(candidates.clone()).await {
+            Ok(found) => found,
+            Err(failure) => {
+                tracing::warn!(%failure, "looking for the pods of captured namespaces");
+                seen(0);
+                return;
+            }
+        };
+        for (target, _) in candidates {
+            let Some(place) = found.get(&target.uid) else {
+                continue;
+            };
+            if !self.inner.world.captured(place) {
+                continue;
+            }
+            let mut entries = self.entries();
+            let entry = entries
+                .entry(target.uid.clone())
+                .or_insert_with(|| Entry::new(target));
+            if !entry.busy && entry.place.is_none() {
+                let sandbox = self.remembered_sandbox(place);
+                entry.move_to(Arc::clone(place), sandbox);
+                // As what it is captured is not known: the attach of a member sets it right.
+                entry.captured = Some(Policy::default());
+                entry.broken = true;
+            }
+        }
+    }
+
+    /// Brings every entry's wish up to date and picks those with something to do.
+    fn look(&self, full: bool) -> Todo {
+        let cluster = self.inner.cluster.borrow();
+        let mut entries = self.entries();
+        let now = Instant::now();
+        let mut notices = Vec::new();
+        for pod in cluster.pods.values() {
+            self.wish(&mut entries, &cluster, pod, &mut notices);
+        }
+        for (uid, entry) in entries.iter_mut() {
+            if cluster.listed && !cluster.pods.contains_key(uid) {
+                let lag = entry
+                    .ahead_of_watch
+                    .is_some_and(|since| now - since < WATCH_LAG);
+                if !lag {
+                    entry.wish = Wish::Gone;
+                }
+            }
+        }
+        let mut todo = Todo {
+            notices,
+            drive: Vec::new(),
+            find: Vec::new(),
+        };
+        let mut done = Vec::new();
+        for (uid, entry) in entries.iter_mut().filter(|(_, e)| !e.busy) {
+            match next(entry.wish, entry.observed(now)) {
+                Step::Done => {
+                    entry.trouble = None;
+                    let unwritten = entry.wish == Wish::Out && entry.annotation.is_some();
+                    let remembered = entry.ended || !entry.warnings.is_empty() || unwritten;
+                    let needed = remembered && cluster.pods.contains_key(uid);
+                    if entry.wish != Wish::In && !needed {
+                        done.push(uid.clone());
+                    }
+                }
+                Step::Wait if !full && entry.trouble.is_none() => {}
+                Step::Find if entry.due(now) => {
+                    entry.busy = true;
+                    self.inner.world.expect(&entry.target);
+                    todo.find.push((
+                        entry.target.clone(),
+                        entry.addresses.iter().copied().collect(),
+                    ));
+                }
+                Step::Find => {}
+                step if matches!(step, Step::Annotate(_)) || entry.due(now) => {
+                    entry.busy = true;
+                    todo.drive.push(uid.clone());
+                }
+                _ => {}
+            }
+        }
+        for uid in done {
+            entries.remove(&uid);
+        }
+        let unplaced = |e: &Entry<W::Place>| {
+            e.wish == Wish::In && e.place.is_none() && e.trouble.is_none()
+        };
+        if cluster.listed && !entries.values().any(unplaced) {
+            self.inner.settled.send_if_modified(|settled| !std::mem::replace(settled, true));
+        }
+        todo
+    }
+
+    /// What this pod should be.
+    fn wish(
+        &self,
+        entries: &mut BTreeMap<PodUid, Entry<W::Place>>,
+        cluster: &Cluster,
+        pod: &Pod,
+        notices: &mut Vec<(Target, Notice)>,
+    ) {
+        let membership = membership::decide(
+            pod,
+            cluster.namespaces.get(&pod.namespace),
+            &self.inner.options.settings,
+        );
+        let annotation = redirection(pod);
+        let refused = matches!(membership, Membership::Refused(_));
+        let (wish, policy, reason, warnings) = match membership {
+            Membership::In(wanted) => (
+                Some(Wish::In),
+                Some(self.inner.options.policy(&wanted)),
+                String::new(),
+                wanted.warnings,
+            ),
+            Membership::Wait(why) => (None, None, why.to_string(), Vec::new()),
+            Membership::Refused(why) => (Some(Wish::Out), None, why.to_string(), vec![why.to_string()]),
+            Membership::Out(why @ Reason::Ended) => {
+                (Some(Wish::Gone), None, why.to_string(), Vec::new())
+            }
+            Membership::Out(why) => (Some(Wish::Out), None, why.to_string(), Vec::new()),
+        };
+        let member = wish == Some(Wish::In) || !warnings.is_empty();
+        // Pods outside the mesh, most of them maybe, cost nothing.
+        if !entries.contains_key(&pod.uid) && !member && annotation.is_none() {
+            return;
+        }
+        let entry = entries
+            .entry(pod.uid.clone())
+            .or_insert_with(|| Entry::new(target(pod)));
+        entry.ahead_of_watch = None;
+        if entry.shown_annotation != annotation {
+            entry.shown_annotation = annotation;
+            entry.annotation = annotation;
+        }
+        let wish = match wish {
+            _ if entry.ended => Wish::Gone,
+            Some(wish) => wish,
+            None => entry.wish,
+        };
+        let policy = policy.unwrap_or_else(|| entry.policy.clone());
+        if entry.wish != wish || entry.policy != policy || entry.addresses != pod.addresses {
+            entry.trouble = None;
+            entry.mute = None;
+            entry.addresses.clone_from(&pod.addresses);
+        }
+        for warning in warnings.iter().filter(|w| !entry.warnings.contains(w)) {
+            let notice = if refused {
+                Notice::Refused(warning.clone())
+            } else {
+                Notice::Ignored(warning.clone())
+            };
+            notices.push((entry.target.clone(), notice));
+        }
+        (entry.wish, entry.policy, entry.warnings) = (wish, policy, warnings);
+        if !entry.broken {
+            entry.reason = reason;
+        }
+    }
+
+    /// Looks for the namespaces of several pods in one go.
+    async fn find(&self, pods: Vec<(Target, Vec<IpAddr>)>) {
+        let result = self.inner.world.find(pods.clone()).await;
+        let now = Instant::now();
+        {
+            let mut entries = self.entries();
+            for (target, _) in pods {
+                let Some(entry) = entries.get_mut(&target.uid) else {
+                    continue;
+                };
+                entry.busy = false;
+                match &result {
+                    // The plugin may have been faster.
+                    _ if entry.place.is_some() => {}
+                    Ok(found) => match found.get(&target.uid) {
+                        Some(place) => {
+                            let sandbox = self.remembered_sandbox(place);
+                            entry.move_to(Arc::clone(place), sandbox);
+                        }
+                        None => entry.failed(
+                            Failure {
+                                message: "no running process of the pod was found: it is starting, or its cgroup path does \
+                                          not hold its UID"
+                                    .to_owned(),
+                                retry: true,
+                            },
+                            now,
+                        ),
+                    },
+                    Err(failure) => entry.failed(failure.clone(), now),
+                }
+            }
+        }
+        self.inner.progress.notify_waiters();
+        self.wake();
+    }
+}
+
+pub(super) fn target(pod: &Pod) -> Target {
+    Target {
+        uid: pod.uid.clone(),
+        static_uid: pod.static_uid.clone(),
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        service_account: pod.service_account.clone(),
+    }
+}
+
+fn redirection(pod: &Pod) -> Option<Redirection> {
+    match pod.annotations.get(keys::REDIRECTION)?.as_str() {
+        "enabled" => Some(Redirection::Enabled),
+        // Whatever else stands there is not ours, and is replaced or removed like it.
+        _ => Some(Redirection::Pending),
+    }
+}

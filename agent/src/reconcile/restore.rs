@@ -1,0 +1,111 @@
+//! From one agent to the next: what is captured is written down, and taken up again where the cluster cannot be asked.
+
+use std::collections::{BTreeMap, HashMap};
+
+use tokio::time::Instant;
+
+use super::{
+    Entry, Reconciler,
+    publish::{self, Remembered},
+    world::{Target, World},
+};
+use crate::{
+    model::PodUid,
+    plan::pod::{Wish, Ztunnel},
+};
+
+impl<W: World> Reconciler<W> {
+    /// Takes up the pods of an earlier agent that the kernel still captures. For when nobody says which pods there are:
+    /// ztunnel, should it have restarted too, would serve none otherwise.
+    pub async fn restore(&self) {
+        let remembered: BTreeMap<PodUid, &Remembered> = self
+            .inner
+            .options
+            .remembered
+            .iter()
+            .map(|r| (r.uid.as_str().into(), r))
+            .collect();
+        let wanted = remembered.values().map(|r| (target(r), r.cookie)).collect();
+        let found: HashMap<_, _> = self.inner.world.recover(wanted).await;
+        let mut restored = 0;
+        {
+            let mut entries = self.entries();
+            for (uid, place) in found {
+                let Some(remembered) = remembered.get(&uid) else {
+                    continue;
+                };
+                if entries.contains_key(&uid) || !self.inner.world.captured(&place) {
+                    continue;
+                }
+                let mut entry = Entry::new(target(remembered));
+                entry.move_to(place, remembered.sandbox.clone());
+                entry.wish = Wish::In;
+                // As it was captured it stays until the cluster says otherwise.
+                entry.captured = Some(entry.policy.clone());
+                entry.annotation = remembered
+                    .served
+                    .then_some(crate::model::Redirection::Enabled);
+                entry.ahead_of_watch = Some(Instant::now());
+                self.inner.world.expect(&entry.target);
+                entries.insert(uid, entry);
+                restored += 1;
+            }
+        }
+        tracing::warn!(restored, "nobody says which pods there are: those captured before stay captured");
+        self.wake();
+    }
+
+    /// The runtime's name for a namespace that an earlier agent got from the plugin.
+    pub(super) fn remembered_sandbox(&self, place: &W::Place) -> Option<String> {
+        let cookie = self.inner.world.cookie(place);
+        let mut remembered = self.inner.options.remembered.iter();
+        remembered.find(|r| r.cookie == cookie)?.sandbox.clone()
+    }
+
+    /// Writes down what is captured, if that changed.
+    pub(super) fn write_down(&self) {
+        let Some(path) = &self.inner.options.memory else {
+            return;
+        };
+        let now: Vec<Remembered> = {
+            let entries = self.entries();
+            let captured = entries.values().filter(|e| e.captured.is_some());
+            captured
+                .filter_map(|e| {
+                    Some(Remembered {
+                        cookie: self.inner.world.cookie(e.place.as_ref()?),
+                        uid: e.target.uid.to_string(),
+                        static_uid: e.target.static_uid.as_ref().map(ToString::to_string),
+                        namespace: e.target.namespace.clone(),
+                        name: e.target.name.clone(),
+                        service_account: e.target.service_account.clone(),
+                        sandbox: e.sandbox.clone(),
+                        served: e.ztunnel == Ztunnel::Acked,
+                    })
+                })
+                .collect()
+        };
+        let mut written = self
+            .inner
+            .written
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if *written == now {
+            return;
+        }
+        match publish::remember(path, &now) {
+            Ok(()) => *written = now,
+            Err(error) => tracing::warn!(path = %path.display(), %error, "writing down which pods are captured"),
+        }
+    }
+}
+
+fn target(remembered: &Remembered) -> Target {
+    Target {
+        uid: remembered.uid.as_str().into(),
+        static_uid: remembered.static_uid.as_deref().map(PodUid::from),
+        namespace: remembered.namespace.clone(),
+        name: remembered.name.clone(),
+        service_account: remembered.service_account.clone(),
+    }
+}

@@ -1,0 +1,196 @@
+//! Taking one pod from step to step until it rests, fails or has come as far as was asked.
+//!
+//! The order comes from [`crate::plan::pod`]. One task at a time has a pod (its `busy` flag); every outcome is noted
+//! before the next step is chosen.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{
+    Reconciler,
+    world::{Failure, Left, Notice, Target, World},
+};
+use crate::{
+    kernel::pod::Policy,
+    model::PodUid,
+    plan::pod::{Step, Wish, Ztunnel, next},
+};
+
+/// How far to go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Goal {
+    /// Until there is nothing left to do.
+    Rest,
+    /// Until ztunnel serves the pod; what only others have to learn is left to the next pass.
+    Served,
+}
+
+/// One step with all it needs.
+struct Job<P> {
+    step: Step,
+    target: Target,
+    place: Option<Arc<P>>,
+    policy: Policy,
+    repair: Option<String>,
+}
+
+/// What a step led to.
+enum Outcome {
+    Done,
+    Left(Left),
+}
+
+impl<W: World> Reconciler<W> {
+    /// Drives a pod that the caller has marked busy.
+    pub(super) async fn drive(&self, uid: &PodUid, goal: Goal) {
+        while let Some(job) = self.next_job(uid, goal) {
+            let started = Instant::now();
+            let outcome = self.perform(&job).await;
+            if !self.note(uid, &job, outcome, started.elapsed()).await {
+                break;
+            }
+        }
+        if let Some(entry) = self.entries().get_mut(uid) {
+            entry.busy = false;
+        }
+        self.inner.progress.notify_waiters();
+        self.wake();
+    }
+
+    fn next_job(&self, uid: &PodUid, goal: Goal) -> Option<Job<W::Place>> {
+        let entries = self.entries();
+        let entry = entries.get(uid)?;
+        let now = Instant::now();
+        let mut so = entry.observed(now);
+        so.mute |= goal == Goal::Served;
+        let step = next(entry.wish, so);
+        let rest = match step {
+            Step::Done | Step::Find => true,
+            Step::Annotate(_) => false,
+            _ => !entry.due(now),
+        };
+        (!rest).then(|| Job {
+            step,
+            target: entry.target.clone(),
+            place: entry.place.clone(),
+            policy: entry.policy.clone(),
+            repair: (entry.broken && entry.wish == Wish::In).then(|| entry.reason.clone()),
+        })
+    }
+
+    async fn perform(&self, job: &Job<W::Place>) -> Result<Outcome, Failure> {
+        let world = &self.inner.world;
+        let target = &job.target;
+        let place = || {
+            job.place.clone().ok_or_else(|| Failure {
+                message: "the pod's network namespace is not known".to_owned(),
+                retry: true,
+            })
+        };
+        // Waiting for ztunnel takes nobody's turn.
+        let _turn = match job.step {
+            Step::Tell | Step::Untell => None,
+            _ => self.inner.work.acquire().await.ok(),
+        };
+        match job.step {
+            Step::Attach => {
+                world.attach(target, place()?, job.policy.clone()).await?;
+            }
+            Step::Tell => world.tell(target, place()?).await?,
+            Step::Annotate(value) => world.annotate(target, value).await?,
+            Step::Detach | Step::Wait => {
+                return world.detach(target, place()?).await.map(Outcome::Left);
+            }
+            Step::Untell => world.untell(target).await?,
+            Step::Forget => world.forget(target, place()?).await?,
+            Step::Find | Step::Done => {}
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Writes down what came of a step; false when the pod is to be left alone for now.
+    async fn note(
+        &self,
+        uid: &PodUid,
+        job: &Job<W::Place>,
+        outcome: Result<Outcome, Failure>,
+        took: Duration,
+    ) -> bool {
+        let mut notice = None;
+        let go_on = {
+            let mut entries = self.entries();
+            let Some(entry) = entries.get_mut(uid) else {
+                return false;
+            };
+            let moved = match (&entry.place, &job.place) {
+                (Some(now), Some(then)) => !Arc::ptr_eq(now, then),
+                _ => false,
+            };
+            match outcome {
+                // It is in another namespace by now: this says nothing about that one.
+                _ if moved => true,
+                Ok(outcome) => {
+                    if matches!(job.step, Step::Annotate(_)) {
+                        entry.mute = None;
+                    } else {
+                        entry.trouble = None;
+                    }
+                    match (job.step, outcome) {
+                        (Step::Attach, _) => {
+                            entry.captured = Some(job.policy.clone());
+                            entry.took[0] = took;
+                            entry.broken = false;
+                            entry.reason.clear();
+                            notice = job.repair.clone().map(Notice::Repaired);
+                        }
+                        (Step::Tell, _) => {
+                            entry.ztunnel = Ztunnel::Acked;
+                            entry.took[1] = took;
+                            notice = Some(Notice::Enrolled);
+                        }
+                        (Step::Annotate(value), _) => entry.annotation = value,
+                        (Step::Untell, _) => entry.ztunnel = Ztunnel::Untold,
+                        (Step::Forget, _) => {
+                            entry.captured = None;
+                            entry.draining = 0;
+                            entry.place = None;
+                        }
+                        (Step::Detach | Step::Wait, Outcome::Left(left)) => {
+                            if entry.captured.take().is_some() {
+                                notice = Some(Notice::Unenrolled);
+                            }
+                            entry.broken = false;
+                            entry.draining = match left {
+                                Left::Nothing => 0,
+                                Left::Connections(n) => n.max(1),
+                            };
+                        }
+                        _ => {}
+                    }
+                    job.step != Step::Wait || entry.draining == 0
+                }
+                Err(failure) => {
+                    if entry.said.as_ref() != Some(&failure.message) {
+                        entry.said = Some(failure.message.clone());
+                        notice = Some(Notice::Failed(failure.clone()));
+                    }
+                    match job.step {
+                        Step::Annotate(_) => entry.muted(failure, Instant::now()),
+                        step => {
+                            if step == Step::Tell {
+                                entry.ztunnel = Ztunnel::Waiting;
+                            }
+                            entry.failed(failure, Instant::now());
+                        }
+                    }
+                    true
+                }
+            }
+        };
+        if let Some(notice) = notice {
+            self.inner.world.say(&job.target, notice).await;
+        }
+        go_on
+    }
+}

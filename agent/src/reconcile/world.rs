@@ -1,0 +1,151 @@
+//! What the reconciliation does to the world, as a list of verbs.
+//!
+//! One implementation acts for real ([`super::live`]); tests of retry and order have one of their own. Nothing here
+//! decides.
+
+use std::{collections::HashMap, fmt, future::Future, net::IpAddr, sync::Arc};
+
+use crate::{
+    kernel::pod::Policy,
+    model::{PodUid, Redirection},
+};
+
+/// A pod as the verbs name it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// `metadata.uid`.
+    pub uid: PodUid,
+    /// Its UID on the node where that is another (static pods).
+    pub static_uid: Option<PodUid>,
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+    /// `spec.serviceAccountName`.
+    pub service_account: String,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Why a verb failed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Failure {
+    /// What happened, with the cure where there is one.
+    pub message: String,
+    /// Whether the same may succeed later without anybody changing anything.
+    pub retry: bool,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// What [`World::detach`] left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Left {
+    /// Nothing.
+    Nothing,
+    /// Rules, for this many old connections.
+    Connections(usize),
+}
+
+/// What is said about a pod to whoever looks after it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Notice {
+    /// It is in the mesh now.
+    Enrolled,
+    /// It left the mesh.
+    Unenrolled,
+    /// Something of ours was missing and is back.
+    Repaired(String),
+    /// It cannot be enrolled, or not yet.
+    Failed(Failure),
+    /// It is of a kind that cannot be served.
+    Refused(String),
+    /// Something in its annotations was ignored.
+    Ignored(String),
+}
+
+/// The verbs.
+pub trait World: fmt::Debug + Send + Sync + 'static {
+    /// A network namespace held open.
+    type Place: std::fmt::Debug + Send + Sync + 'static;
+
+    /// Finds the namespaces of running pods; those not found are left out.
+    fn find(
+        &self,
+        pods: Vec<(Target, Vec<IpAddr>)>,
+    ) -> impl Future<Output = Result<HashMap<PodUid, Arc<Self::Place>>, Failure>> + Send;
+
+    /// Finds the namespaces of running pods by cookie; those not found are left out.
+    fn recover(
+        &self,
+        pods: Vec<(Target, u64)>,
+    ) -> impl Future<Output = HashMap<PodUid, Arc<Self::Place>>> + Send;
+
+    /// Makes the kernel capture the pod as the policy says.
+    fn attach(
+        &self,
+        target: &Target,
+        place: Arc<Self::Place>,
+        policy: Policy,
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Lets a living pod go.
+    fn detach(
+        &self,
+        target: &Target,
+        place: Arc<Self::Place>,
+    ) -> impl Future<Output = Result<Left, Failure>> + Send;
+
+    /// Clears away what is left of a pod that is gone.
+    fn forget(
+        &self,
+        target: &Target,
+        place: Arc<Self::Place>,
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Tells ztunnel and waits until it serves the pod.
+    fn tell(
+        &self,
+        target: &Target,
+        place: Arc<Self::Place>,
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// ztunnel will be told of this pod later.
+    fn expect(&self, target: &Target);
+
+    /// Takes the pod from ztunnel.
+    fn untell(&self, target: &Target) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Writes the annotation; a pod that is gone is no failure.
+    fn annotate(
+        &self,
+        target: &Target,
+        value: Option<Redirection>,
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Says something about the pod.
+    fn say(&self, target: &Target, notice: Notice) -> impl Future<Output = ()> + Send;
+
+    /// Which of these are not as [`World::attach`] left them, and what is wrong.
+    fn verify(
+        &self,
+        places: Vec<(PodUid, Arc<Self::Place>)>,
+    ) -> impl Future<Output = Vec<(PodUid, String)>> + Send;
+
+    /// Does the kernel capture this namespace?
+    fn captured(&self, place: &Self::Place) -> bool;
+
+    /// How many namespaces the kernel captures besides these.
+    fn strays(&self, known: &[Arc<Self::Place>]) -> usize;
+
+    /// The namespace's cookie: never another's until the node boots anew.
+    fn cookie(&self, place: &Self::Place) -> u64;
+}
