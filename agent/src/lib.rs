@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod cni_server;
+pub mod daemon;
 pub mod config;
 pub mod install;
 pub mod kernel;

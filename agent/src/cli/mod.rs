@@ -1,5 +1,6 @@
 //! Arguments and dispatch.
 
+mod agent;
 mod events;
 mod install;
 mod load;
@@ -9,7 +10,10 @@ mod output;
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use culvert::kernel::{LoadOptions, pins};
+use culvert::{
+    config::AgentArgs,
+    kernel::{LoadOptions, pins},
+};
 use output::Format;
 
 /// Carries pods' traffic into the node's own ztunnel with eBPF instead of iptables.
@@ -51,6 +55,8 @@ impl Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Keep every pod of this node as its labels say: the daemon of the DaemonSet, or of a host without Kubernetes (--pods).
+    Agent(AgentArgs),
     /// Load and pin the node programs, or put this build's in place of those that are there.
     Load,
     /// Remove the node programs and maps from the kernel.
@@ -73,6 +79,11 @@ enum Command {
 /// Runs the command of the process's arguments.
 pub(crate) fn run() -> ExitCode {
     let args = Args::parse();
+    let global = &args.global;
+    if let Command::Agent(agent) = &args.command {
+        // It has a log of its own, whose level can be changed while it runs.
+        return exit(global, agent::run(global, agent));
+    }
     let level = match args.global.verbose {
         0 => "warn",
         1 => "info",
@@ -86,8 +97,8 @@ pub(crate) fn run() -> ExitCode {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let global = &args.global;
     let result = match &args.command {
+        Command::Agent(agent) => agent::run(global, agent),
         Command::Load => load::load(global),
         Command::Unload { force } => load::unload(global, *force),
         Command::Preflight => load::preflight(global),
@@ -96,6 +107,10 @@ pub(crate) fn run() -> ExitCode {
         Command::Install(args) => install::install(global, args),
         Command::Uninstall(args) => install::uninstall(global, args),
     };
+    exit(global, result)
+}
+
+fn exit(global: &Global, result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {

@@ -150,7 +150,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     );
     shutdown.requested().await;
     tasks.close();
-    if !matches!(shutdown.finish(tasks.wait()).await, crate::admin::Ended::Done(())) {
+    if !matches!(shutdown.finish(tasks.wait()).await, crate::admin::shutdown::Ended::Done(())) {
         tracing::warn!("some work was left to the next agent");
     }
     Ok(())

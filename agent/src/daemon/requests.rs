@@ -13,7 +13,7 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     cni_server::Handler,
     kernel::Netns,
-    model::{Cluster, Namespace, Pod},
+    model::{Cluster, Namespace, Pod, PodUid},
     plan::membership::{self, Settings},
     reconcile::{Answer, Reconciler, live::Live, world::Failure},
     watch::Source,
@@ -157,10 +157,14 @@ impl Requests {
             }
             let shown = named.uid.as_deref().and_then(|uid| {
                 let mut pods = cluster.pods.values();
-                pods.find(|p| p.is_called(uid)).cloned()
+                let uid = PodUid::from(uid);
+                pods.find(|p| p.is_called(&uid)).cloned()
             });
             let namespace = cluster.namespaces.get(&named.namespace).cloned();
             let could_be_in = namespace.as_ref().is_none_or(|ns| {
+                if !cluster.opted_in_listed {
+                    return true;
+                }
                 let opted_in = cluster.opted_in.get(&named.namespace).copied().unwrap_or(0);
                 membership::could_be_in(&named.namespace, &ns.labels, opted_in, &self.settings)
             });
@@ -173,7 +177,7 @@ impl Requests {
             return Ok(Known::Pod(Box::new(pod), namespace));
         }
         match self.source.get_pod(&named.namespace, &named.name).await {
-            Ok(Some(pod)) if named.uid.as_deref().is_none_or(|uid| pod.is_called(uid)) => {
+            Ok(Some(pod)) if named.uid.as_deref().is_none_or(|uid| pod.is_called(&uid.into())) => {
                 Ok(Known::Pod(Box::new(pod), namespace))
             }
             Ok(_) => Err(Refusal::later(

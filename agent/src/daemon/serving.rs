@@ -58,7 +58,7 @@ async fn report(State(status): State<Arc<Status>>) -> Json<StatusReport> {
         .map(|peer| ZtunnelStatus {
             pid: peer.pid,
             connected_seconds: peer.connected.elapsed().unwrap_or_default().as_secs(),
-            snapshot_sent: matches!(peer.state, zds::PeerState::Serving),
+            snapshot_sent: matches!(peer.state, zds::PeerState::Synced),
             pods: peer.served,
             refused: peer.nacked,
         })

@@ -49,6 +49,8 @@ pub(super) struct Entry<P> {
     /// The runtime has taken its sandbox down: whatever the cluster says, there is nothing to capture until the
     /// plugin brings another.
     pub(super) ended: bool,
+    /// It is of a kind that cannot be served.
+    pub(super) refused: bool,
     /// Why it is not in the mesh, in words.
     pub(super) reason: String,
     pub(super) warnings: Vec<String>,
@@ -87,6 +89,7 @@ impl<P> Entry<P> {
             busy: false,
             ahead_of_watch: None,
             ended: false,
+            refused: false,
             reason: String::new(),
             warnings: Vec::new(),
             took: [Duration::ZERO; 2],

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
 };
@@ -14,14 +14,17 @@ use culvert_ebpf::abi::role;
 
 use super::world::{Failure, Left, Notice, Target, World};
 use crate::{
-    admin::metrics::{Metrics, Stage},
+    admin::{
+        Metrics,
+        labels::{By, Outcome, RepairKind, Stage, UnenrolReason},
+    },
     kernel::{
         self, Netns, Node, discover, listeners,
         pod::{self, Detached, Policy},
         track, verify,
     },
-    model::{PodUid, Redirection},
-    watch::{Event, Source},
+    model::{PodRef, PodUid, Redirection, keys},
+    watch::{self, Kind, Source},
     zds,
 };
 
@@ -31,7 +34,7 @@ pub struct Live {
     /// The kernel's side.
     pub node: Arc<Node>,
     /// Keeps captured pods in step with their namespaces.
-    pub tracker: track::Handle,
+    pub tracker: Arc<track::Tracker>,
     /// ztunnel's side.
     pub zds: zds::Server,
     /// Where pods come from and annotations go.
@@ -80,10 +83,17 @@ impl World for Live {
             })
             .collect();
         // Where a manifest names the namespace there is no need to look.
-        let named: HashMap<PodUid, _> = wanted
-            .values()
-            .filter_map(|(uid, _)| Some((uid.clone(), self.source.netns_path(uid)?)))
-            .collect();
+        let named: HashMap<PodUid, PathBuf> = match &*self.source {
+            Source::Manifests(_) => {
+                let cluster = self.source.subscribe();
+                let cluster = cluster.borrow();
+                let path = |uid| cluster.pods.get(uid)?.annotations.get(keys::NETNS);
+                let uids = wanted.values().map(|(uid, _)| uid);
+                uids.filter_map(|uid| Some((uid.clone(), path(uid)?.into()))).collect()
+            }
+            // Nobody who writes pods into the API says where on the node they are.
+            Source::Api(_) => HashMap::new(),
+        };
         blocking(move || {
             let mut found = HashMap::new();
             for (uid, path) in named {
@@ -154,7 +164,7 @@ impl World for Live {
         let netns = Arc::clone(&place);
         blocking(move || pod::attach(&node, &netns, &policy)).await?;
         self.tracker.watch(place);
-        self.metrics.enrolment(Stage::Kernel, started.elapsed());
+        Metrics::observe(&self.metrics.enrol_duration, &By(Stage::Kernel), started.elapsed());
         Ok(())
     }
 
@@ -175,9 +185,13 @@ impl World for Live {
 
     async fn tell(&self, target: &Target, place: Arc<Netns>) -> Result<(), Failure> {
         let started = Instant::now();
+        let netns = place.as_fd().try_clone_to_owned().map_err(|error| Failure {
+            message: format!("no descriptor is left for the pod's namespace: {error}; raise the agent's limit of open files"),
+            retry: true,
+        })?;
         let acked = self
             .zds
-            .add(target.uid.clone(), workload(target), Arc::clone(&place))
+            .add(target.uid.clone(), workload(target), Arc::new(netns))
             .await
             .map_err(|error| Failure {
                 message: error.to_string(),
@@ -186,12 +200,14 @@ impl World for Live {
         let (node, fetch) = (Arc::clone(&self.node), self.fetch);
         // An acknowledgement is ztunnel's word; what counts is whether connections would find it.
         blocking(move || confirm_listeners(&node, &place, fetch.then_some(acked.pid))).await?;
-        self.metrics.enrolment(Stage::Ztunnel, started.elapsed());
+        Metrics::observe(&self.metrics.enrol_duration, &By(Stage::Ztunnel), started.elapsed());
         Ok(())
     }
 
     fn expect(&self, target: &Target) {
-        self.zds.expect(target.uid.clone(), workload(target));
+        if let Err(error) = self.zds.expect(target.uid.clone(), workload(target)) {
+            tracing::warn!(pod = %target, %error, "ztunnel cannot be told to expect the pod");
+        }
     }
 
     async fn untell(&self, target: &Target) -> Result<(), Failure> {
@@ -201,49 +217,51 @@ impl World for Live {
 
     async fn annotate(&self, target: &Target, value: Option<Redirection>) -> Result<(), Failure> {
         self.source
-            .set_redirection(&target.namespace, &target.name, &target.uid, value)
+            .set_redirection(&reference(target), value)
             .await
+            .map(|_| ())
             .map_err(|error| Failure {
                 message: error.to_string(),
+                // Refused by the API server's rules today may be allowed tomorrow, and peers would never learn of the pod.
                 retry: true,
             })
     }
 
     async fn say(&self, target: &Target, notice: Notice) {
-        self.metrics.notice(&notice);
-        let (warning, reason, message) = match notice {
+        let (kind, reason, action, note) = match notice {
             Notice::Enrolled => {
+                self.metrics.enrolments.get_or_create(&By(Outcome::Success)).inc();
                 tracing::info!(pod = %target, uid = %target.uid, "in the mesh");
                 return;
             }
             Notice::Unenrolled => {
+                self.metrics.unenrolments.get_or_create(&By(UnenrolReason::NotWanted)).inc();
                 tracing::info!(pod = %target, uid = %target.uid, "out of the mesh");
                 return;
             }
-            Notice::Repaired(what) => (true, "CulvertRepaired", format!("capture was repaired: {what}")),
-            Notice::Failed(failure) => (
-                true,
-                "CulvertEnrolmentFailed",
-                if failure.retry {
-                    format!("{failure}; it is tried again, with growing pauses of up to a minute")
-                } else {
-                    format!("{failure}; it is tried again when the pod or its settings change")
-                },
-            ),
-            Notice::Refused(why) => (true, "CulvertRefused", why),
-            Notice::Ignored(why) => (true, "CulvertIgnored", why),
+            Notice::Repaired(what) => {
+                self.metrics.repairs.get_or_create(&By(RepairKind::Enrolment)).inc();
+                (Kind::Warning, "CulvertRepaired", "Repair", format!("capture was repaired: {what}"))
+            }
+            Notice::Failed(failure) => {
+                let (outcome, then) = match failure.retry {
+                    true => (Outcome::Retry, "it is tried again, with growing pauses of up to a minute"),
+                    false => (Outcome::Failure, "it is tried again when the pod or its settings change"),
+                };
+                self.metrics.enrolments.get_or_create(&By(outcome)).inc();
+                (Kind::Warning, "CulvertEnrolmentFailed", "Enrol", format!("{failure}; {then}"))
+            }
+            Notice::Refused(why) => (Kind::Warning, "CulvertRefused", "Enrol", why),
+            Notice::Ignored(why) => (Kind::Warning, "CulvertIgnored", "Enrol", why),
         };
-        tracing::warn!(pod = %target, uid = %target.uid, reason, message);
-        self.source
-            .event(Event {
-                namespace: target.namespace.clone(),
-                name: target.name.clone(),
-                uid: target.uid.clone(),
-                warning,
-                reason,
-                message,
-            })
-            .await;
+        tracing::warn!(pod = %target, uid = %target.uid, reason, "{note}");
+        self.source.event(watch::Notice {
+            about: watch::About::Pod(reference(target)),
+            kind,
+            reason,
+            action,
+            note,
+        });
     }
 
     async fn verify(&self, places: Vec<(PodUid, Arc<Netns>)>) -> Vec<(PodUid, String)> {
@@ -252,8 +270,8 @@ impl World for Live {
             let cookies: Vec<_> = places.iter().map(|(_, p)| p.cookie()).collect();
             let problems = verify::verify_quick(&node, &cookies)?;
             let named = problems.into_iter().filter_map(|problem| {
-                let (uid, _) = places.iter().find(|(_, p)| p.cookie() == problem.cookie)?;
-                Some((uid.clone(), problem.to_string()))
+                let (uid, _) = places.iter().find(|(_, p)| Some(p.cookie()) == problem.cookie)?;
+                Some((uid.clone(), problem.what))
             });
             Ok(named.collect())
         });
@@ -279,6 +297,14 @@ impl World for Live {
 
     fn cookie(&self, place: &Netns) -> u64 {
         place.cookie().0
+    }
+}
+
+fn reference(target: &Target) -> PodRef {
+    PodRef {
+        uid: target.uid.clone(),
+        namespace: target.namespace.clone(),
+        name: target.name.clone(),
     }
 }
 

@@ -33,7 +33,6 @@ use crate::{
 use entry::Entry;
 pub use plugin::Answer;
 use publish::Remembered;
-pub use report::PodReport;
 use world::{Failure, World};
 
 /// Settings of a [`Reconciler`].

@@ -260,6 +260,7 @@ impl<W: World> Reconciler<W> {
             notices.push((entry.target.clone(), notice));
         }
         (entry.wish, entry.policy, entry.warnings) = (wish, policy, warnings);
+        entry.refused = refused;
         if !entry.broken {
             entry.reason = reason;
         }

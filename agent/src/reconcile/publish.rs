@@ -65,7 +65,7 @@ pub async fn keep(
     loop {
         let now = {
             let cluster = cluster.borrow_and_update();
-            cluster.listed.then(|| decisions(&cluster, &settings))
+            (cluster.listed && cluster.opted_in_listed).then(|| decisions(&cluster, &settings))
         };
         if let Some(now) = now {
             let same = published.as_ref().is_some_and(|(before, at)| {

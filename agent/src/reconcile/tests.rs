@@ -18,6 +18,7 @@ use super::{
     world::{Failure, Left, Notice, Target, World},
 };
 use crate::{
+    admin::status::PodState,
     kernel::pod::Policy,
     model::{Cluster, Namespace, Phase, Pod, PodUid, Redirection, keys},
     plan::membership::Settings,
@@ -293,7 +294,7 @@ async fn a_failure_that_may_pass_is_tried_again() {
     stage.edit("a", |_| {});
     stage.namespace("shop", Some("ambient"));
     assert_eq!(stage.soon().await, ["attach shop/a failed"]);
-    assert_eq!(stage.reconciler.report()[0].state, "waiting");
+    assert_eq!(stage.reconciler.report()[0].state, PodState::Failing);
     assert_eq!(
         stage.after(Duration::from_secs(2)).await,
         ["attach shop/a failed", "attach shop/a", "tell shop/a", "annotate shop/a enabled"]
@@ -363,7 +364,7 @@ async fn old_connections_keep_ztunnel_in_the_pod() {
     let log = stage.after(Duration::from_secs(12)).await;
     assert_eq!(log[..2], ["detach shop/a", "annotate shop/a -"]);
     assert!(log[2..].iter().all(|l| l == "detach shop/a"), "{log:?}");
-    assert_eq!(stage.reconciler.report()[0].state, "draining");
+    assert_eq!(stage.reconciler.report()[0].state, PodState::Draining);
     *stage.fake().connections.lock().unwrap() = 0;
     assert_eq!(
         stage.after(Duration::from_secs(6)).await,
