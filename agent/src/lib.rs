@@ -5,8 +5,8 @@
 
 pub mod admin;
 pub mod cni_server;
-pub mod daemon;
 pub mod config;
+pub mod daemon;
 pub mod install;
 pub mod kernel;
 pub mod model;

@@ -23,11 +23,18 @@ pub(super) fn run(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode>
     let loaded = Config::load(args, &Environment::of_process())?;
     if args.print_config {
         let all = settings(&loaded);
-        print(global.output, &serde_json::json!({ "settings": all }), |_| {
-            let mut rows = vec![["KEY", "VALUE", "FROM"].map(str::to_owned).to_vec()];
-            rows.extend(all.iter().map(|s| vec![s.key.to_owned(), s.value.clone(), s.from.to_string()]));
-            columns(&rows)
-        })?;
+        print(
+            global.output,
+            &serde_json::json!({ "settings": all }),
+            |_| {
+                let mut rows = vec![["KEY", "VALUE", "FROM"].map(str::to_owned).to_vec()];
+                rows.extend(
+                    all.iter()
+                        .map(|s| vec![s.key.to_owned(), s.value.clone(), s.from.to_string()]),
+                );
+                columns(&rows)
+            },
+        )?;
         return Ok(ExitCode::SUCCESS);
     }
     let log = logging::start(&loaded.config.log_level, loaded.config.log_format)?;

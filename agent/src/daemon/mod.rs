@@ -71,7 +71,9 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     let (zds, events) = ztunnels::serve(&config, Arc::clone(&node), named)?;
     let tracker = Arc::new({
         let metrics = Arc::clone(&metrics);
-        track::Tracker::start(Arc::clone(&node), move |event| counting::tracked(&metrics, &event))?
+        track::Tracker::start(Arc::clone(&node), move |event| {
+            counting::tracked(&metrics, &event)
+        })?
     });
     let memory = config.run_dir.join("captured.json");
     let live = Live {
@@ -92,7 +94,12 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         memory: Some(memory),
     };
     let reconciler = Reconciler::new(live, options, cluster.clone());
-    tasks.spawn(ztunnels::listen(events, reconciler.clone(), Arc::clone(&metrics), end.clone()));
+    tasks.spawn(ztunnels::listen(
+        events,
+        reconciler.clone(),
+        Arc::clone(&metrics),
+        end.clone(),
+    ));
     tasks.spawn(counting::keep(
         reconciler.clone(),
         Arc::clone(&metrics),
@@ -150,7 +157,10 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     );
     shutdown.requested().await;
     tasks.close();
-    if !matches!(shutdown.finish(tasks.wait()).await, crate::admin::shutdown::Ended::Done(())) {
+    if !matches!(
+        shutdown.finish(tasks.wait()).await,
+        crate::admin::shutdown::Ended::Done(())
+    ) {
         tracing::warn!("some work was left to the next agent");
     }
     Ok(())
@@ -217,7 +227,9 @@ async fn source(config: &Config, settings: &Settings) -> Result<Source> {
 /// Lets ztunnel be answered as soon as it is known whom it has to serve.
 async fn open_zds(reconciler: Reconciler<Live>, zds: zds::Server, listed: crate::admin::Task) {
     let mut settled = reconciler.settled();
-    let known = tokio::time::timeout(RESTORE_AFTER, settled.wait_for(|s| *s)).await.is_ok();
+    let known = tokio::time::timeout(RESTORE_AFTER, settled.wait_for(|s| *s))
+        .await
+        .is_ok();
     if !known {
         reconciler.restore().await;
     }

@@ -50,7 +50,10 @@ impl Handler for Requests {
         // The plugin keeps it open only until it is answered.
         let place = open(&request.netns).await?;
         if place.cookie().0 == self.home {
-            return Ok(outside("it is in the node's own network namespace", Timings::default()));
+            return Ok(outside(
+                "it is in the node's own network namespace",
+                Timings::default(),
+            ));
         }
         let known = self.look_up(&request.pod, deadline).await?;
         let mut timings = Timings {
@@ -118,7 +121,11 @@ impl Handler for Requests {
             .reconciler
             .gc(|sandbox| sandbox.starts_with(&network), &living);
         if gone > 0 {
-            tracing::info!(gone, network = request.network, "let go of sandboxes that the runtime does not know any more");
+            tracing::info!(
+                gone,
+                network = request.network,
+                "let go of sandboxes that the runtime does not know any more"
+            );
         }
         Ok(())
     }
@@ -171,13 +178,20 @@ impl Requests {
             (shown, namespace, could_be_in)
         };
         if self.settings.excluded_namespaces.contains(&named.namespace) {
-            return Ok(Known::Outside("its namespace is excluded by configuration".to_owned()));
+            return Ok(Known::Outside(
+                "its namespace is excluded by configuration".to_owned(),
+            ));
         }
         if let Some(pod) = shown {
             return Ok(Known::Pod(Box::new(pod), namespace));
         }
         match self.source.get_pod(&named.namespace, &named.name).await {
-            Ok(Some(pod)) if named.uid.as_deref().is_none_or(|uid| pod.is_called(&uid.into())) => {
+            Ok(Some(pod))
+                if named
+                    .uid
+                    .as_deref()
+                    .is_none_or(|uid| pod.is_called(&uid.into())) =>
+            {
                 Ok(Known::Pod(Box::new(pod), namespace))
             }
             Ok(_) => Err(Refusal::later(
@@ -187,7 +201,9 @@ impl Requests {
             // Whatever its labels are: nobody in that namespace asks for the mesh, as far as the watch tells.
             Err(error) if !could_be_in => {
                 tracing::warn!(pod = %named, %error, "starts outside the mesh, as its namespace says, unseen");
-                Ok(Known::Outside("nothing in its namespace asks for the mesh".to_owned()))
+                Ok(Known::Outside(
+                    "nothing in its namespace asks for the mesh".to_owned(),
+                ))
             }
             Err(error) => Err(Refusal::later(
                 format!("the API server could not be asked about pod {named}: {error}"),

@@ -6,11 +6,7 @@ use axum::{Json, Router, extract::State, routing::get};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admin::{
-        Readiness, StatusReport,
-        server::Bound,
-        status::ZtunnelStatus,
-    },
+    admin::{Readiness, StatusReport, server::Bound, status::ZtunnelStatus},
     config::ProbeSource,
     reconcile::{Reconciler, live::Live},
     zds,

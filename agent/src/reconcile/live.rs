@@ -78,7 +78,11 @@ impl World for Live {
         let wanted: BTreeMap<String, (PodUid, BTreeSet<IpAddr>)> = pods
             .into_iter()
             .map(|(target, addresses)| {
-                let name = target.static_uid.as_ref().unwrap_or(&target.uid).to_string();
+                let name = target
+                    .static_uid
+                    .as_ref()
+                    .unwrap_or(&target.uid)
+                    .to_string();
                 (name, (target.uid, addresses.into_iter().collect()))
             })
             .collect();
@@ -89,7 +93,8 @@ impl World for Live {
                 let cluster = cluster.borrow();
                 let path = |uid| cluster.pods.get(uid)?.annotations.get(keys::NETNS);
                 let uids = wanted.values().map(|(uid, _)| uid);
-                uids.filter_map(|uid| Some((uid.clone(), path(uid)?.into()))).collect()
+                uids.filter_map(|uid| Some((uid.clone(), path(uid)?.into())))
+                    .collect()
             }
             // Nobody who writes pods into the API says where on the node they are.
             Source::Api(_) => HashMap::new(),
@@ -99,7 +104,9 @@ impl World for Live {
             for (uid, path) in named {
                 match Netns::open(&path) {
                     Ok(netns) => drop(found.insert(uid, Arc::new(netns))),
-                    Err(error) => tracing::warn!(%error, "a manifest names a namespace that cannot be opened"),
+                    Err(error) => {
+                        tracing::warn!(%error, "a manifest names a namespace that cannot be opened")
+                    }
                 }
             }
             let by_uid: BTreeMap<&str, &BTreeSet<IpAddr>> = wanted
@@ -136,7 +143,12 @@ impl World for Live {
         let found = blocking(move || {
             let by_name: BTreeMap<String, (PodUid, u64)> = pods
                 .into_iter()
-                .map(|(t, cookie)| (t.static_uid.as_ref().unwrap_or(&t.uid).to_string(), (t.uid, cookie)))
+                .map(|(t, cookie)| {
+                    (
+                        t.static_uid.as_ref().unwrap_or(&t.uid).to_string(),
+                        (t.uid, cookie),
+                    )
+                })
                 .collect();
             let names = by_name.keys().map(String::as_str).collect();
             let scan = discover::scan(Path::new("/proc"), &names)?;
@@ -153,18 +165,17 @@ impl World for Live {
         })
     }
 
-    async fn attach(
-        &self,
-        _: &Target,
-        place: Arc<Netns>,
-        policy: Policy,
-    ) -> Result<(), Failure> {
+    async fn attach(&self, _: &Target, place: Arc<Netns>, policy: Policy) -> Result<(), Failure> {
         let started = Instant::now();
         let node = Arc::clone(&self.node);
         let netns = Arc::clone(&place);
         blocking(move || pod::attach(&node, &netns, &policy)).await?;
         self.tracker.watch(place);
-        Metrics::observe(&self.metrics.enrol_duration, &By(Stage::Kernel), started.elapsed());
+        Metrics::observe(
+            &self.metrics.enrol_duration,
+            &By(Stage::Kernel),
+            started.elapsed(),
+        );
         Ok(())
     }
 
@@ -200,7 +211,11 @@ impl World for Live {
         let (node, fetch) = (Arc::clone(&self.node), self.fetch);
         // An acknowledgement is ztunnel's word; what counts is whether connections would find it.
         blocking(move || confirm_listeners(&node, &place, fetch.then_some(acked.pid))).await?;
-        Metrics::observe(&self.metrics.enrol_duration, &By(Stage::Ztunnel), started.elapsed());
+        Metrics::observe(
+            &self.metrics.enrol_duration,
+            &By(Stage::Ztunnel),
+            started.elapsed(),
+        );
         Ok(())
     }
 
@@ -230,26 +245,51 @@ impl World for Live {
     async fn say(&self, target: &Target, notice: Notice) {
         let (kind, reason, action, note) = match notice {
             Notice::Enrolled => {
-                self.metrics.enrolments.get_or_create(&By(Outcome::Success)).inc();
+                self.metrics
+                    .enrolments
+                    .get_or_create(&By(Outcome::Success))
+                    .inc();
                 tracing::info!(pod = %target, uid = %target.uid, "in the mesh");
                 return;
             }
             Notice::Unenrolled => {
-                self.metrics.unenrolments.get_or_create(&By(UnenrolReason::NotWanted)).inc();
+                self.metrics
+                    .unenrolments
+                    .get_or_create(&By(UnenrolReason::NotWanted))
+                    .inc();
                 tracing::info!(pod = %target, uid = %target.uid, "out of the mesh");
                 return;
             }
             Notice::Repaired(what) => {
-                self.metrics.repairs.get_or_create(&By(RepairKind::Enrolment)).inc();
-                (Kind::Warning, "CulvertRepaired", "Repair", format!("capture was repaired: {what}"))
+                self.metrics
+                    .repairs
+                    .get_or_create(&By(RepairKind::Enrolment))
+                    .inc();
+                (
+                    Kind::Warning,
+                    "CulvertRepaired",
+                    "Repair",
+                    format!("capture was repaired: {what}"),
+                )
             }
             Notice::Failed(failure) => {
                 let (outcome, then) = match failure.retry {
-                    true => (Outcome::Retry, "it is tried again, with growing pauses of up to a minute"),
-                    false => (Outcome::Failure, "it is tried again when the pod or its settings change"),
+                    true => (
+                        Outcome::Retry,
+                        "it is tried again, with growing pauses of up to a minute",
+                    ),
+                    false => (
+                        Outcome::Failure,
+                        "it is tried again when the pod or its settings change",
+                    ),
                 };
                 self.metrics.enrolments.get_or_create(&By(outcome)).inc();
-                (Kind::Warning, "CulvertEnrolmentFailed", "Enrol", format!("{failure}; {then}"))
+                (
+                    Kind::Warning,
+                    "CulvertEnrolmentFailed",
+                    "Enrol",
+                    format!("{failure}; {then}"),
+                )
             }
             Notice::Refused(why) => (Kind::Warning, "CulvertRefused", "Enrol", why),
             Notice::Ignored(why) => (Kind::Warning, "CulvertIgnored", "Enrol", why),
@@ -270,7 +310,9 @@ impl World for Live {
             let cookies: Vec<_> = places.iter().map(|(_, p)| p.cookie()).collect();
             let problems = verify::verify_quick(&node, &cookies)?;
             let named = problems.into_iter().filter_map(|problem| {
-                let (uid, _) = places.iter().find(|(_, p)| Some(p.cookie()) == problem.cookie)?;
+                let (uid, _) = places
+                    .iter()
+                    .find(|(_, p)| Some(p.cookie()) == problem.cookie)?;
                 Some((uid.clone(), problem.what))
             });
             Ok(named.collect())
@@ -321,7 +363,9 @@ fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Re
     let missing = || -> kernel::Result<bool> {
         let known = listeners::registered(node, netns)?;
         let wanted = [role::OUTBOUND, role::INBOUND];
-        Ok(!wanted.iter().all(|r| known.iter().any(|(role, ..)| role == r)))
+        Ok(!wanted
+            .iter()
+            .all(|r| known.iter().any(|(role, ..)| role == r)))
     };
     if !missing()? {
         return Ok(());

@@ -28,7 +28,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     kernel::pod::Policy,
     model::{Cluster, PodUid},
-    plan::membership::{Settings, Wanted},
+    plan::{
+        membership::{Settings, Wanted},
+        pod::Ztunnel,
+    },
 };
 use entry::Entry;
 pub use plugin::Answer;
@@ -191,16 +194,15 @@ impl<W: World> Reconciler<W> {
         }
     }
 
-    /// ztunnel serves a pod: it said so while its snapshot was sent.
+    /// ztunnel serves a pod: it said so while its snapshot was sent. Telling it again costs nothing now, and ends in a
+    /// look at its listeners.
     pub fn acked(&self, uid: &PodUid) {
         let mut entries = self.entries();
         if let Some(entry) = entries.get_mut(uid)
-            && entry.ztunnel != crate::plan::pod::Ztunnel::Acked
+            && entry.ztunnel != Ztunnel::Acked
         {
-            entry.ztunnel = crate::plan::pod::Ztunnel::Acked;
             entry.trouble = None;
             drop(entries);
-            self.inner.progress.notify_waiters();
             self.wake();
         }
     }
@@ -208,7 +210,7 @@ impl<W: World> Reconciler<W> {
     /// ztunnel refused a pod.
     pub fn nacked(&self, uid: &PodUid, error: &str) {
         if let Some(entry) = self.entries().get_mut(uid) {
-            entry.ztunnel = crate::plan::pod::Ztunnel::Waiting;
+            entry.ztunnel = Ztunnel::Waiting;
             let message = format!("ztunnel refused the pod: {error}");
             entry.failed(
                 Failure {
@@ -224,7 +226,7 @@ impl<W: World> Reconciler<W> {
     /// A ztunnel has come: whoever waits for one is tried at once.
     pub fn ztunnel_came(&self) {
         for entry in self.entries().values_mut() {
-            if entry.ztunnel == crate::plan::pod::Ztunnel::Waiting {
+            if entry.ztunnel == Ztunnel::Waiting {
                 entry.trouble = None;
             }
         }

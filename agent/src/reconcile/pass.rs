@@ -189,11 +189,12 @@ impl<W: World> Reconciler<W> {
         for uid in done {
             entries.remove(&uid);
         }
-        let unplaced = |e: &Entry<W::Place>| {
-            e.wish == Wish::In && e.place.is_none() && e.trouble.is_none()
-        };
+        let unplaced =
+            |e: &Entry<W::Place>| e.wish == Wish::In && e.place.is_none() && e.trouble.is_none();
         if cluster.listed && !entries.values().any(unplaced) {
-            self.inner.settled.send_if_modified(|settled| !std::mem::replace(settled, true));
+            self.inner
+                .settled
+                .send_if_modified(|settled| !std::mem::replace(settled, true));
         }
         todo
     }
@@ -221,7 +222,12 @@ impl<W: World> Reconciler<W> {
                 wanted.warnings,
             ),
             Membership::Wait(why) => (None, None, why.to_string(), Vec::new()),
-            Membership::Refused(why) => (Some(Wish::Out), None, why.to_string(), vec![why.to_string()]),
+            Membership::Refused(why) => (
+                Some(Wish::Out),
+                None,
+                why.to_string(),
+                vec![why.to_string()],
+            ),
             Membership::Out(why @ Reason::Ended) => {
                 (Some(Wish::Gone), None, why.to_string(), Vec::new())
             }

@@ -83,10 +83,7 @@ impl<W: World> Reconciler<W> {
                     entry.wish = Wish::In;
                     entry.policy = policy.clone();
                     entry.trouble = None;
-                    let same = entry
-                        .place
-                        .as_ref()
-                        .is_some_and(|p| self.same(p, &place));
+                    let same = entry.place.as_ref().is_some_and(|p| self.same(p, &place));
                     let old = (!same)
                         .then(|| {
                             let old = entry.place.take();
@@ -208,8 +205,14 @@ impl<W: World> Reconciler<W> {
             };
             match (so.kernel, so.ztunnel) {
                 (Kernel::In, Ztunnel::Acked) => {}
-                (Kernel::In, _) => return Err(failed("captured, but ztunnel does not serve it yet")),
-                _ => return Err(failed("not captured, or not as it should be: it is being repaired")),
+                (Kernel::In, _) => {
+                    return Err(failed("captured, but ztunnel does not serve it yet"));
+                }
+                _ => {
+                    return Err(failed(
+                        "not captured, or not as it should be: it is being repaired",
+                    ));
+                }
             }
             entry.place.clone()
         };
@@ -235,7 +238,8 @@ impl<W: World> Reconciler<W> {
 
 fn late() -> Failure {
     Failure {
-        message: "the time the runtime gives for adding a pod is over; the pod will be tried again".to_owned(),
+        message: "the time the runtime gives for adding a pod is over; the pod will be tried again"
+            .to_owned(),
         retry: true,
     }
 }

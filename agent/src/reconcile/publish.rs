@@ -70,8 +70,11 @@ pub async fn keep(
         if let Some(now) = now {
             let same = published.as_ref().is_some_and(|(before, at)| {
                 at.elapsed() < REFRESH
-                    && (before.custom_selectors, &before.excluded, &before.namespaces)
-                        == (now.custom_selectors, &now.excluded, &now.namespaces)
+                    && (
+                        before.custom_selectors,
+                        &before.excluded,
+                        &before.namespaces,
+                    ) == (now.custom_selectors, &now.excluded, &now.namespaces)
             });
             if !same {
                 let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);

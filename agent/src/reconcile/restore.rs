@@ -51,7 +51,10 @@ impl<W: World> Reconciler<W> {
                 restored += 1;
             }
         }
-        tracing::warn!(restored, "nobody says which pods there are: those captured before stay captured");
+        tracing::warn!(
+            restored,
+            "nobody says which pods there are: those captured before stay captured"
+        );
         self.wake();
     }
 
@@ -95,7 +98,9 @@ impl<W: World> Reconciler<W> {
         }
         match publish::remember(path, &now) {
             Ok(()) => *written = now,
-            Err(error) => tracing::warn!(path = %path.display(), %error, "writing down which pods are captured"),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "writing down which pods are captured")
+            }
         }
     }
 }

@@ -14,7 +14,8 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Answer, publish::Remembered, Options, Reconciler,
+    Answer, Options, Reconciler,
+    publish::Remembered,
     world::{Failure, Left, Notice, Target, World},
 };
 use crate::{
@@ -107,7 +108,10 @@ impl World for Fake {
     }
 
     async fn annotate(&self, t: &Target, value: Option<Redirection>) -> Result<(), Failure> {
-        self.say(format!("annotate {t} {}", value.map_or("-", Redirection::as_str)))
+        self.say(format!(
+            "annotate {t} {}",
+            value.map_or("-", Redirection::as_str)
+        ))
     }
 
     async fn say(&self, t: &Target, notice: Notice) {
@@ -122,8 +126,12 @@ impl World for Fake {
 
     async fn verify(&self, places: Vec<(PodUid, Arc<u32>)>) -> Vec<(PodUid, String)> {
         let captured = self.captured.lock().unwrap();
-        let missing = places.into_iter().filter(|(_, p)| !captured.contains_key(p));
-        missing.map(|(uid, _)| (uid, "not captured".into())).collect()
+        let missing = places
+            .into_iter()
+            .filter(|(_, p)| !captured.contains_key(p));
+        missing
+            .map(|(uid, _)| (uid, "not captured".into()))
+            .collect()
     }
 
     fn captured(&self, place: &u32) -> bool {
@@ -132,7 +140,10 @@ impl World for Fake {
 
     fn strays(&self, known: &[Arc<u32>]) -> usize {
         let captured = self.captured.lock().unwrap();
-        captured.keys().filter(|c| !known.iter().any(|k| **k == **c)).count()
+        captured
+            .keys()
+            .filter(|c| !known.iter().any(|k| **k == **c))
+            .count()
     }
 
     fn cookie(&self, place: &u32) -> u64 {
@@ -297,7 +308,12 @@ async fn a_failure_that_may_pass_is_tried_again() {
     assert_eq!(stage.reconciler.report()[0].state, PodState::Failing);
     assert_eq!(
         stage.after(Duration::from_secs(2)).await,
-        ["attach shop/a failed", "attach shop/a", "tell shop/a", "annotate shop/a enabled"]
+        [
+            "attach shop/a failed",
+            "attach shop/a",
+            "tell shop/a",
+            "annotate shop/a enabled"
+        ]
     );
 }
 
@@ -310,7 +326,9 @@ async fn one_that_will_not_is_left_until_something_changes() {
     stage.namespace("shop", Some("ambient"));
     assert_eq!(stage.soon().await, ["attach shop/a failed"]);
     assert!(stage.after(Duration::from_secs(600)).await.is_empty());
-    stage.edit("a", |pod| drop(pod.addresses.insert("fd00::1".parse().unwrap())));
+    stage.edit("a", |pod| {
+        pod.addresses.insert("fd00::1".parse().unwrap());
+    });
     assert_eq!(stage.soon().await, ENROLLED);
 }
 
@@ -323,11 +341,19 @@ async fn without_ztunnel_it_is_pending_then_enabled() {
     stage.namespace("shop", Some("ambient"));
     assert_eq!(
         stage.soon().await,
-        ["attach shop/a", "tell shop/a failed", "annotate shop/a pending"]
+        [
+            "attach shop/a",
+            "tell shop/a failed",
+            "annotate shop/a pending"
+        ]
     );
     assert_eq!(
         stage.after(Duration::from_secs(2)).await,
-        ["tell shop/a failed", "tell shop/a", "annotate shop/a enabled"]
+        [
+            "tell shop/a failed",
+            "tell shop/a",
+            "annotate shop/a enabled"
+        ]
     );
 }
 
@@ -339,8 +365,12 @@ async fn an_ack_in_a_snapshot_counts() {
     stage.edit("a", |_| {});
     stage.namespace("shop", Some("ambient"));
     stage.after(Duration::from_secs(1)).await;
+    stage.fail("tell", 0, true);
     stage.reconciler.acked(&"a".into());
-    assert_eq!(stage.soon().await, ["annotate shop/a enabled"]);
+    assert_eq!(
+        stage.soon().await,
+        ["tell shop/a", "annotate shop/a enabled"]
+    );
     assert!(stage.after(Duration::from_secs(60)).await.is_empty());
 }
 
@@ -351,7 +381,12 @@ async fn letting_go_is_tried_again_too() {
     stage.namespace("shop", None);
     assert_eq!(
         stage.after(Duration::from_secs(2)).await,
-        ["detach shop/a", "annotate shop/a - failed", "untell shop/a", "annotate shop/a -"]
+        [
+            "detach shop/a",
+            "annotate shop/a - failed",
+            "untell shop/a",
+            "annotate shop/a -"
+        ]
     );
     assert!(stage.reconciler.report().is_empty());
 }
@@ -419,7 +454,12 @@ async fn a_job_that_ended_is_let_go() {
 #[tokio::test(start_paused = true)]
 async fn an_annotation_changes_a_living_pod() {
     let stage = enrolled().await;
-    stage.edit("a", |pod| drop(pod.annotations.insert(keys::BYPASS_INBOUND.into(), "true".into())));
+    stage.edit("a", |pod| {
+        drop(
+            pod.annotations
+                .insert(keys::BYPASS_INBOUND.into(), "true".into()),
+        )
+    });
     assert_eq!(stage.soon().await, ["attach shop/a"]);
     assert!(stage.fake().captured.lock().unwrap()[&1].bypass_inbound);
 }
@@ -438,7 +478,12 @@ async fn a_pod_that_left_while_no_agent_ran_is_let_go() {
     let stage = Stage::with(world);
     stage.place("a", 7);
     stage.namespace("shop", None);
-    stage.edit("a", |pod| drop(pod.annotations.insert(keys::REDIRECTION.into(), "enabled".into())));
+    stage.edit("a", |pod| {
+        drop(
+            pod.annotations
+                .insert(keys::REDIRECTION.into(), "enabled".into()),
+        )
+    });
     let log = stage.after(Duration::from_secs(6)).await;
     assert!(log.contains(&"detach shop/a".to_owned()), "{log:?}");
     assert!(log.contains(&"annotate shop/a -".to_owned()), "{log:?}");
@@ -451,7 +496,10 @@ async fn a_sandboxed_pod_is_refused_once() {
     stage.place("a", 1);
     stage.edit("a", |pod| pod.runtime_class = Some("gvisor".into()));
     stage.namespace("shop", Some("ambient"));
-    assert_eq!(stage.after(Duration::from_secs(30)).await, ["refused shop/a"]);
+    assert_eq!(
+        stage.after(Duration::from_secs(30)).await,
+        ["refused shop/a"]
+    );
 }
 
 fn soon() -> Instant {
@@ -479,15 +527,25 @@ async fn the_plugin_waits_for_ztunnel_but_not_for_the_api() {
     assert!(matches!(answer, Ok(Answer::Enrolled { .. })), "{answer:?}");
     let log: Vec<_> = stage.fake().log.lock().unwrap().drain(..).collect();
     assert_eq!(log[0], "attach shop/a");
-    assert_eq!(log.iter().filter(|l| l.starts_with("tell")).count(), 4, "{log:?}");
+    assert_eq!(
+        log.iter().filter(|l| l.starts_with("tell")).count(),
+        4,
+        "{log:?}"
+    );
     stage.fail("annotate", 0, true);
-    assert_eq!(stage.after(Duration::from_secs(60)).await, ["annotate shop/a enabled"]);
+    assert_eq!(
+        stage.after(Duration::from_secs(60)).await,
+        ["annotate shop/a enabled"]
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_outside_the_mesh_starts_at_once() {
     let stage = Stage::new();
-    let answer = stage.reconciler.add(&pod("a"), Some(&Namespace::default()), 1, "s1", soon()).await;
+    let answer = stage
+        .reconciler
+        .add(&pod("a"), Some(&Namespace::default()), 1, "s1", soon())
+        .await;
     assert!(matches!(answer, Ok(Answer::Outside(_))), "{answer:?}");
     assert!(stage.soon().await.is_empty());
 }
@@ -496,7 +554,10 @@ async fn a_pod_outside_the_mesh_starts_at_once() {
 async fn a_mesh_pod_that_cannot_be_served_does_not_start() {
     let stage = Stage::new();
     stage.fail("tell", 10_000, true);
-    let answer = stage.reconciler.add(&pod("a"), Some(&mesh()), 1, "s1", soon()).await;
+    let answer = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 1, "s1", soon())
+        .await;
     assert!(answer.is_err(), "{answer:?}");
     // The runtime takes the sandbox down and nothing is left.
     assert!(stage.reconciler.del("s1"));
@@ -507,23 +568,35 @@ async fn a_mesh_pod_that_cannot_be_served_does_not_start() {
 #[tokio::test(start_paused = true)]
 async fn a_new_sandbox_under_the_same_uid_outlives_the_old_ones_del() {
     let stage = enrolled().await;
-    let answer = stage.reconciler.add(&pod("a"), Some(&mesh()), 2, "s2", soon()).await;
+    let answer = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 2, "s2", soon())
+        .await;
     assert!(matches!(answer, Ok(Answer::Enrolled { .. })), "{answer:?}");
-    assert_eq!(stage.soon().await, ["forget shop/a", "attach shop/a", "tell shop/a"]);
+    assert_eq!(
+        stage.soon().await,
+        ["forget shop/a", "attach shop/a", "tell shop/a"]
+    );
     assert!(!stage.reconciler.del("s1"));
     assert!(stage.soon().await.is_empty());
     assert!(stage.reconciler.del("s2"));
     assert_eq!(stage.soon().await, ["forget shop/a", "untell shop/a"]);
     // The pod is still in the API, labelled, and must not come back by itself.
     assert!(stage.after(Duration::from_secs(120)).await.is_empty());
-    let answer = stage.reconciler.add(&pod("a"), Some(&mesh()), 3, "s3", soon()).await;
+    let answer = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 3, "s3", soon())
+        .await;
     assert!(matches!(answer, Ok(Answer::Enrolled { .. })), "{answer:?}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_add_for_a_further_interface_does_nothing() {
     let stage = enrolled().await;
-    let answer = stage.reconciler.add(&pod("a"), Some(&mesh()), 1, "s1", soon()).await;
+    let answer = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 1, "s1", soon())
+        .await;
     assert!(matches!(answer, Ok(Answer::Enrolled { .. })), "{answer:?}");
     assert!(stage.soon().await.is_empty());
 }
@@ -531,7 +604,11 @@ async fn an_add_for_a_further_interface_does_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_pod_the_watch_never_shows_is_let_go() {
     let stage = Stage::new();
-    stage.reconciler.add(&pod("a"), Some(&mesh()), 1, "s1", soon()).await.unwrap();
+    stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 1, "s1", soon())
+        .await
+        .unwrap();
     stage.soon().await;
     assert!(stage.after(Duration::from_secs(50)).await.is_empty());
     assert_eq!(
@@ -545,7 +622,11 @@ async fn garbage_collection_lets_go_what_the_runtime_lost() {
     let stage = Stage::new();
     for (uid, place, sandbox) in [("a", 1, "s1"), ("b", 2, "s2")] {
         stage.edit(uid, |_| {});
-        stage.reconciler.add(&pod(uid), Some(&mesh()), place, sandbox, soon()).await.unwrap();
+        stage
+            .reconciler
+            .add(&pod(uid), Some(&mesh()), place, sandbox, soon())
+            .await
+            .unwrap();
     }
     stage.namespace("shop", Some("ambient"));
     stage.soon().await;
@@ -597,5 +678,8 @@ async fn while_the_api_is_away_the_pins_say_who_is_enrolled() {
     assert!(stage.after(Duration::from_secs(600)).await.is_empty());
     // The API server is back, and has forgotten the pod.
     stage.cluster.send_modify(|c| c.listed = true);
-    assert_eq!(stage.after(Duration::from_secs(61)).await, ["forget shop/a", "untell shop/a"]);
+    assert_eq!(
+        stage.after(Duration::from_secs(61)).await,
+        ["forget shop/a", "untell shop/a"]
+    );
 }

@@ -470,12 +470,7 @@ impl State {
 /// Whether a process may be a ztunnel.
 type Admit = Arc<dyn Fn(u32) -> Result<(), String> + Send + Sync>;
 
-async fn listen(
-    shared: Arc<Shared>,
-    listener: Listener,
-    admit: Admit,
-    stop: CancellationToken,
-) {
+async fn listen(shared: Arc<Shared>, listener: Listener, admit: Admit, stop: CancellationToken) {
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
