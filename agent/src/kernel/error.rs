@@ -2,6 +2,8 @@
 
 use std::{borrow::Cow, fmt, io};
 
+use super::privileges;
+
 /// Why an operation on the kernel failed.
 #[derive(Debug)]
 pub struct Error {
@@ -41,21 +43,21 @@ impl Error {
             Some(libc::EAGAIN | libc::EINTR | libc::EBUSY | libc::ENOBUFS | libc::ENOMEM)
         );
         let cure = match cause.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => {
-                "run as root, or with CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN; `culvert preflight` \
-                 names what is missing"
+            Some(libc::EPERM | libc::EACCES) => privileges::cure(),
+            Some(libc::ENOMEM) => {
+                "free memory or raise the memory limit of this process's cgroup".into()
             }
-            Some(libc::ENOMEM) => "free memory or raise the memory limit of this process's cgroup",
             Some(libc::E2BIG) => {
                 "a map is full: this node has more pods or addresses than Culvert is built for"
+                    .into()
             }
-            _ => "",
+            _ => Cow::Borrowed(""),
         };
         Self {
             operation: operation.into(),
             object: object.to_string(),
             cause: Cause::System(cause),
-            cure: cure.into(),
+            cure,
             retryable,
         }
     }

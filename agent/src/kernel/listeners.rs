@@ -208,6 +208,7 @@ pub(super) fn free(guard: &Guard<'_>) -> Result<usize> {
     if wanted.is_empty() {
         return Ok(0);
     }
+    let mut denied = None;
     // Rare, so a look through all processes is no matter of time.
     let entries = fs::read_dir("/proc").map_err(|e| Error::system("read", "/proc", e))?;
     let pids = entries
@@ -227,14 +228,22 @@ pub(super) fn free(guard: &Guard<'_>) -> Result<usize> {
                     changed += 1;
                     false
                 }
-                Err(_) => true,
+                Err(error) => {
+                    denied = Some(error);
+                    true
+                }
             },
-            _ => true,
+            Ok(None) => true,
+            Err(error) => {
+                denied = Some(error);
+                true
+            }
         });
     }
+    let why = denied.as_ref().map(tracing::field::display);
     for socket in wanted {
         tracing::warn!(
-            local = %socket.local, port = socket.port, mark = socket.mark, device = socket.device,
+            local = %socket.local, port = socket.port, mark = socket.mark, device = socket.device, error = why,
             "this listener keeps its mark or device, and ztunnel cannot deliver to it: restart the application"
         );
     }
@@ -274,7 +283,11 @@ impl Process {
     /// A copy of the descriptor behind a socket's inode.
     fn socket(&self, inode: u32) -> Result<Option<OwnedFd>> {
         let dir = format!("/proc/{}/fd", self.pid);
-        let entries = fs::read_dir(&dir).map_err(|e| Error::system("read", &dir, e))?;
+        let entries = match fs::read_dir(&dir) {
+            // Another user's, and listing it takes CAP_DAC_READ_SEARCH. Copying takes none but CAP_SYS_PTRACE.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return self.search(inode),
+            entries => entries.map_err(|e| Error::system("read", &dir, e))?,
+        };
         let wanted = format!("socket:[{inode}]");
         for entry in entries.flatten() {
             if !fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == wanted.as_str()) {
@@ -287,21 +300,49 @@ impl Process {
             else {
                 continue;
             };
-            // SAFETY: our own pidfd, plain numbers, a new descriptor or an error out.
-            let fd =
-                unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
-            let fd = i32::try_from(fd).unwrap_or(-1);
-            if fd < 0 {
-                return Err(Error::system(
-                    "copy a socket of process",
-                    self.pid,
-                    io::Error::last_os_error(),
-                )
-                .cured_by("give the agent CAP_SYS_PTRACE"));
-            }
-            // SAFETY: pidfd_getfd returned a descriptor that nobody else owns.
-            return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }));
+            // Closed since it was listed: then it is not there.
+            return self.copy(number);
         }
         Ok(None)
+    }
+
+    /// The same by trying every number.
+    fn search(&self, inode: u32) -> Result<Option<OwnedFd>> {
+        /// More descriptors than that no process has that we look into.
+        const MOST: i32 = 1 << 16;
+        let path = format!("/proc/{}/status", self.pid);
+        let status = fs::read_to_string(&path).map_err(|e| Error::system("read", &path, e))?;
+        let slots = status
+            .lines()
+            .find_map(|l| l.strip_prefix("FDSize:"))
+            .and_then(|v| v.trim().parse::<i32>().ok());
+        for number in 0..slots.unwrap_or(MOST).min(MOST) {
+            let Some(fd) = self.copy(number)? else {
+                continue;
+            };
+            let is_it = nix::sys::stat::fstat(&fd).is_ok_and(|stat| {
+                stat.st_ino == u64::from(inode) && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK
+            });
+            if is_it {
+                return Ok(Some(fd));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A copy of one descriptor; none if there is none of that number.
+    fn copy(&self, number: i32) -> Result<Option<OwnedFd>> {
+        // SAFETY: our own pidfd, plain numbers, a new descriptor or an error out.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
+        let fd = i32::try_from(fd).unwrap_or(-1);
+        if fd < 0 {
+            let error = io::Error::last_os_error();
+            if error.raw_os_error() == Some(libc::EBADF) {
+                return Ok(None);
+            }
+            return Err(Error::system("copy a socket of process", self.pid, error));
+        }
+        // SAFETY: pidfd_getfd returned a descriptor that nobody else owns.
+        Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 }

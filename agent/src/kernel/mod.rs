@@ -18,6 +18,7 @@ pub mod object;
 pub mod pins;
 pub mod pod;
 pub mod preflight;
+pub mod privileges;
 pub mod procfs;
 pub mod sockdiag;
 mod sys;

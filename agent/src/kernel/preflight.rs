@@ -13,7 +13,7 @@ use super::{
     error::{Error, Result},
     object,
     pins::Pins,
-    sys,
+    privileges, sys,
 };
 
 /// One thing Culvert needs.
@@ -80,41 +80,23 @@ fn readable(path: &str) -> Result<String, String> {
 }
 
 fn capabilities() -> Vec<Check> {
-    const WANTED: [(&str, u32, &str); 4] = [
-        (
-            "CAP_NET_ADMIN",
-            12,
-            "rules, routes, attaching programs to namespaces and cgroups",
-        ),
-        ("CAP_SYS_ADMIN", 21, "entering a pod's network namespace"),
-        (
-            "CAP_PERFMON",
-            38,
-            "loading programs that keep pointers in maps",
-        ),
-        ("CAP_BPF", 39, "loading programs and creating maps"),
-    ];
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|l| l.strip_prefix("CapEff:"))
-        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
-        .unwrap_or(0);
-    WANTED
-        .into_iter()
-        .map(|(name, bit, why)| {
-            let has = effective >> bit & 1 == 1;
-            check(
-                name,
-                if has {
-                    Ok(why.to_owned())
-                } else {
-                    Err(format!("missing; needed for {why}"))
-                },
-                format!("run as root, or add {name}"),
-            )
-        })
-        .collect()
+    let missing = privileges::missing();
+    let lacks = |need: &privileges::Need| match &missing {
+        Ok(missing) => missing
+            .iter()
+            .any(|m| m.name == need.name)
+            .then(|| format!("missing; needed for {}", need.why)),
+        Err(error) => Some(error.to_string()),
+    };
+    let check_of = |need: &'static privileges::Need| {
+        let result = lacks(need).map_or_else(|| Ok(need.why.to_owned()), Err);
+        check(
+            need.name,
+            result,
+            format!("run as root, or add {}", need.name),
+        )
+    };
+    privileges::NEEDED.iter().map(check_of).collect()
 }
 
 const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> bpf_insn {
@@ -141,7 +123,7 @@ const fn calls(helper: i32) -> [bpf_insn; 3] {
     ]
 }
 
-const UNTRIED: &str = "cannot be tried without CAP_BPF and CAP_NET_ADMIN";
+const UNTRIED: &str = "cannot be tried without CAP_SYS_ADMIN and CAP_NET_ADMIN";
 
 /// Refuses a kernel that lacks a feature, naming all it lacks: the verifier would name an instruction.
 pub(super) fn require_features() -> Result<()> {

@@ -25,6 +25,8 @@ pub enum Creds {
     NetAdminOnly,
     /// User 0 without capabilities.
     RootNoCaps,
+    /// User 0 whose programs have these capabilities alone, one bit each.
+    RootWith(u64),
 }
 
 impl Creds {
@@ -39,6 +41,7 @@ impl Creds {
                 prctl(libc::PR_SET_SECUREBITS, SECBIT_NOROOT, 0)?;
                 capset(0)
             }
+            Self::RootWith(set) => keep_for_programs(set),
         }
     }
 }
@@ -51,6 +54,7 @@ impl std::fmt::Display for Creds {
             Self::NetRawOnly => "nobody with CAP_NET_RAW",
             Self::NetAdminOnly => "nobody with CAP_NET_ADMIN",
             Self::RootNoCaps => "root without capabilities",
+            Self::RootWith(set) => return write!(f, "root with capabilities {set:#x}"),
         })
     }
 }
@@ -62,6 +66,21 @@ fn become_nobody() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_setresgid, NOBODY, NOBODY, NOBODY) })?;
     // SAFETY: plain numbers.
     check(unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) })
+}
+
+/// What a program of user 0 gets when it is executed is what its bounding set holds.
+fn keep_for_programs(set: u64) -> io::Result<()> {
+    for capability in 0..64 {
+        if set >> capability & 1 == 1 {
+            continue;
+        }
+        match prctl(libc::PR_CAPBSET_DROP, capability, 0) {
+            // The kernel has no more.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
+            result => result?,
+        }
+    }
+    Ok(())
 }
 
 fn keep_one(capability: u8) -> io::Result<()> {

@@ -8,6 +8,9 @@ use anyhow::{Context, Result, ensure};
 use crate::ns::Place;
 use crate::{Child, Creds, Lab, Ns, paths};
 
+/// How long a run may take that is to end by itself.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// What a run of the binary came to.
 #[derive(Debug, Clone)]
 pub struct CulvertOutput {
@@ -73,14 +76,27 @@ impl Lab {
         })
     }
 
+    /// Runs it like that as somebody.
+    pub fn culvert_as(&self, creds: Creds, args: &[&str]) -> Result<CulvertOutput> {
+        let child = self.culvert_spawn_as(creds, args)?;
+        let status = child.wait(PATIENCE)?;
+        Ok(CulvertOutput {
+            status,
+            stdout: child.stdout(),
+            stderr: child.stderr(),
+            args: args.join(" "),
+        })
+    }
+
     /// Starts `culvert` like that and lets it run, for `events`.
     pub fn culvert_spawn(&self, args: &[&str]) -> Result<Child> {
-        Child::start(
-            self.node(),
-            Place::Machine,
-            Creds::Root,
-            self.culvert_command(args)?,
-        )
+        self.culvert_spawn_as(Creds::Root, args)
+    }
+
+    /// Starts it as somebody and lets it run.
+    pub fn culvert_spawn_as(&self, creds: Creds, args: &[&str]) -> Result<Child> {
+        let command = self.culvert_command(args)?;
+        Child::start(self.node(), Place::Machine, creds, command)
     }
 
     /// Attaches a namespace with further arguments, and fails unless that worked.
