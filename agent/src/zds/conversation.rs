@@ -166,8 +166,10 @@ enum Phase {
 enum Told {
     /// In the snapshot: its namespace is owed.
     Kept,
-    /// Added; not answered, or refused.
+    /// Added, and not answered.
     Unconfirmed,
+    /// ztunnel goes on trying with that namespace.
+    Refused(Generation),
     Served(Generation),
 }
 
@@ -289,15 +291,15 @@ impl Conversation {
                 continue;
             }
             if let Some(removals) = self.owed_dels.remove(&uid) {
-                self.told.remove(&uid);
-                return self.say(
-                    Message::Del { uid: uid.clone() },
-                    Said::Del(uid, removals),
-                    now,
-                );
+                return self.say_del(uid, removals, now);
             }
             let told = self.told.get(&uid);
             match wanted.get(&uid) {
+                // It is to forget what it still tries before it hears of another namespace.
+                Some(pod) if matches!(told, Some(Told::Refused(tried)) if *tried != pod.generation) =>
+                {
+                    return self.say_del(uid, Vec::new(), now);
+                }
                 Some(pod) if told != Some(&Told::Served(pod.generation)) => {
                     // What was kept is owed its namespace by whoever was told to keep it.
                     let owed = target || told == Some(&Told::Kept);
@@ -328,6 +330,15 @@ impl Conversation {
             netns,
         };
         self.say(message, Said::Add(uid, pod.generation), now)
+    }
+
+    fn say_del<N>(&mut self, uid: PodUid, removals: Vec<RemovalId>, now: Instant) -> Step<N> {
+        self.told.remove(&uid);
+        self.say(
+            Message::Del { uid: uid.clone() },
+            Said::Del(uid, removals),
+            now,
+        )
     }
 
     fn say<N>(&mut self, message: Message<N>, said: Said, now: Instant) -> Step<N> {
@@ -405,7 +416,10 @@ impl Conversation {
 
     fn nacked(&mut self, said: &Said, now: Instant) {
         let uid = match said {
-            Said::Add(uid, _) => uid,
+            Said::Add(uid, generation) => {
+                self.told.insert(uid.clone(), Told::Refused(*generation));
+                uid
+            }
             Said::Del(uid, _) => {
                 self.owed_dels.entry(uid.clone()).or_default();
                 uid
@@ -438,14 +452,19 @@ impl Conversation {
         self.touch(uid);
     }
 
-    /// The pod is wanted no more; `removal` hears of the ack. False when this ztunnel need not be told.
-    pub(super) fn owe_del(&mut self, uid: &PodUid, was_wanted: bool, removal: RemovalId) -> bool {
+    /// The pod is wanted no more, or not as who it was; `removal` hears of the ack. False when this ztunnel need not be told.
+    pub(super) fn owe_del(
+        &mut self,
+        uid: &PodUid,
+        was_wanted: bool,
+        removal: Option<RemovalId>,
+    ) -> bool {
         if !was_wanted
             && let Some(outstanding) = &mut self.outstanding
             && let Said::Del(gone, removals) = &mut outstanding.said
             && gone == uid
         {
-            removals.push(removal);
+            removals.extend(removal);
             return true;
         }
         let known = self.told.contains_key(uid) || self.owed_dels.contains_key(uid);
@@ -456,7 +475,8 @@ impl Conversation {
             Phase::SnapshotSent | Phase::Synced => known || was_wanted,
         };
         if owed {
-            self.owed_dels.entry(uid.clone()).or_default().push(removal);
+            let removals = self.owed_dels.entry(uid.clone()).or_default();
+            removals.extend(removal);
             self.touch_now(uid);
         }
         owed

@@ -171,7 +171,10 @@ impl<N: Clone + PartialEq> Registry<N> {
         let peer = self.peers.get_mut(&id).ok_or(Reason::Stopped)?;
         match peer.conversation.hear(packet, now)? {
             Heard::Hello | Heard::Ack(Said::Keep(_)) => {}
-            Heard::Ack(Said::SnapshotSent) => self.outputs.push(Output::Synced(id)),
+            Heard::Ack(Said::SnapshotSent) => {
+                self.outputs.push(Output::Synced(id));
+                self.target_changed();
+            }
             Heard::Ack(Said::Add(uid, generation)) => {
                 if self.is_current(&uid, generation) {
                     self.settle(&uid, Ok(id));
@@ -220,8 +223,8 @@ impl<N: Clone + PartialEq> Registry<N> {
         self.let_go(peer.conversation.removals().collect(), |report| {
             report.unanswered.push(peer.pid);
         });
-        if was_target && let Some(target) = self.target() {
-            self.touch_all(target);
+        if was_target {
+            self.target_changed();
         }
         if self.peers.is_empty() {
             let late = matches!(why, Reason::Late { .. })
@@ -265,11 +268,7 @@ impl<N: Clone + PartialEq> Registry<N> {
             Some(pod) => pod.generation,
             None => self.want(uid.clone(), workload, Some(netns)),
         };
-        let target = self.target();
-        if let Some(peer) = target.and_then(|id| self.peers.get(&id))
-            && let Some(id) = target
-            && peer.conversation.serves(&uid, generation)
-        {
+        if let Some(id) = self.serving(&uid, generation) {
             return Adding::Served(id);
         }
         for peer in self.peers.values_mut() {
@@ -286,6 +285,16 @@ impl<N: Clone + PartialEq> Registry<N> {
 
     fn want(&mut self, uid: PodUid, workload: Workload, netns: Option<N>) -> Generation {
         self.settle(&uid, Err(AddError::Superseded));
+        if self
+            .wanted
+            .get(&uid)
+            .is_some_and(|pod| pod.workload != workload)
+        {
+            // For the same namespace ztunnel would keep the identity it knows.
+            for peer in self.peers.values_mut() {
+                peer.conversation.owe_del(&uid, true, None);
+            }
+        }
         self.last += 1;
         let generation = Generation(self.last);
         let pod = Wanted {
@@ -306,7 +315,7 @@ impl<N: Clone + PartialEq> Registry<N> {
         let id = RemovalId(self.last);
         let mut removal = Removal::default();
         for peer in self.peers.values_mut() {
-            if peer.conversation.owe_del(uid, was_wanted, id) {
+            if peer.conversation.owe_del(uid, was_wanted, Some(id)) {
                 removal.waiting += 1;
             }
         }
@@ -347,6 +356,36 @@ impl<N: Clone + PartialEq> Registry<N> {
             .rev()
             .find(|(_, peer)| peer.conversation.state() == PeerState::Synced)
             .map(|(id, _)| *id)
+    }
+
+    /// Who serves the pod, of those whose word counts: the one that new pods go to, or anybody while there is none.
+    fn serving(&self, uid: &PodUid, generation: Generation) -> Option<PeerId> {
+        let target = self.target();
+        self.peers
+            .iter()
+            .rev()
+            .filter(|(id, _)| target.is_none_or(|target| target == **id))
+            .find(|(_, peer)| peer.conversation.serves(uid, generation))
+            .map(|(id, _)| *id)
+    }
+
+    /// New pods go to another ztunnel now: what that one serves already, nobody needs to wait for.
+    fn target_changed(&mut self) {
+        let Some(target) = self.target() else {
+            return;
+        };
+        let awaited: Vec<_> = self
+            .wanted
+            .iter()
+            .filter(|(_, pod)| pod.awaited)
+            .map(|(uid, pod)| (uid.clone(), pod.generation))
+            .collect();
+        for (uid, generation) in awaited {
+            if self.serving(&uid, generation).is_some() {
+                self.settle(&uid, Ok(target));
+            }
+        }
+        self.touch_all(target);
     }
 
     fn touch_all(&mut self, id: PeerId) {
@@ -407,3 +446,7 @@ fn fits(uid: &PodUid, workload: &Workload) -> Result<(), AddError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "registry_tests.rs"]
+mod tests;
