@@ -11,6 +11,7 @@ use std::{
         unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -199,51 +200,20 @@ impl Connection {
         fd: Option<BorrowedFd<'_>>,
         until: Instant,
     ) -> Result<u32, Reason> {
-        let started = Instant::now();
-        let mut last = Errno::EAGAIN;
-        let mut tries = 0;
-        let sent = tokio::time::timeout_at(until, self.try_send(packet, fd, &mut last, &mut tries));
-        match sent.await {
-            Ok(Ok(())) => Ok(tries),
-            Ok(Err(error)) => Err(Reason::Send(error.to_string())),
-            Err(_) => Err(Reason::Send(no_room(last, started.elapsed()))),
-        }
-    }
-
-    async fn try_send(
-        &self,
-        packet: &[u8],
-        fd: Option<BorrowedFd<'_>>,
-        last: &mut Errno,
-        tries: &mut u32,
-    ) -> io::Result<()> {
-        let (mut pause, longest) = PAUSES;
-        loop {
-            let sent = self.stream.async_io(Interest::WRITABLE, || {
+        let full = AtomicU32::new(0);
+        let attempt = || {
+            self.stream.async_io(Interest::WRITABLE, || {
                 send_packet(self.stream.as_fd(), packet, fd).inspect_err(|error| {
                     if *error == Errno::EAGAIN {
                         // It does not read. The runtime says when it does.
-                        *last = Errno::EAGAIN;
-                        *tries += 1;
+                        full.fetch_add(1, Ordering::Relaxed);
                     }
                 })?;
                 Ok(())
-            });
-            let Err(error) = sent.await else {
-                return Ok(());
-            };
-            match error.raw_os_error() {
-                Some(libc::EINTR) => {}
-                // Nothing says when there is room again.
-                Some(no @ (libc::ENOBUFS | libc::ENOMEM | libc::ETOOMANYREFS)) => {
-                    *last = Errno::from_raw(no);
-                    *tries += 1;
-                    tokio::time::sleep(pause).await;
-                    pause = longest.min(pause * 2);
-                }
-                _ => return Err(error),
-            }
-        }
+            })
+        };
+        let tries = persist(attempt, until).await?;
+        Ok(tries + full.into_inner())
     }
 
     /// The next packet, or `None` when ztunnel has hung up. Safe to cancel.
@@ -261,6 +231,42 @@ impl Connection {
                     _ => return Err(Reason::Receive(error.to_string())),
                 },
             }
+        }
+    }
+}
+
+/// Tries until it works, fails for good, or the time is over; returns how often there was no room.
+async fn persist<T: Future<Output = io::Result<()>>>(
+    mut attempt: impl FnMut() -> T,
+    until: Instant,
+) -> Result<u32, Reason> {
+    let started = Instant::now();
+    // What never gets an answer from the runtime waits for the peer to read.
+    let mut last = Errno::EAGAIN;
+    let mut tries = 0;
+    let (mut pause, longest) = PAUSES;
+    loop {
+        let error = match tokio::time::timeout_at(until, attempt()).await {
+            Ok(Ok(())) => return Ok(tries),
+            Ok(Err(error)) => error,
+            Err(_) => return Err(Reason::Send(no_room(last, started.elapsed()))),
+        };
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // Nothing says when there is room again.
+            Some(no @ (libc::ENOBUFS | libc::ENOMEM | libc::ETOOMANYREFS)) => {
+                last = Errno::from_raw(no);
+                if tries == 0 {
+                    tracing::warn!(%error, "no room for a message to ztunnel; trying again");
+                }
+                tries += 1;
+                if Instant::now() + pause >= until {
+                    return Err(Reason::Send(no_room(last, started.elapsed())));
+                }
+                tokio::time::sleep(pause).await;
+                pause = longest.min(pause * 2);
+            }
+            _ => return Err(Reason::Send(error.to_string())),
         }
     }
 }
@@ -328,4 +334,83 @@ fn no_room(last: Errno, waited: Duration) -> String {
         _ => "the kernel has no memory for it; look at the node's memory and at net.core.wmem_max",
     };
     format!("{last} for {waited:.1?}: {cure}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Connection, Connection) {
+        let (one, other) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        let connection = |socket: Socket| {
+            socket.set_nonblocking(true).unwrap();
+            let stream = UnixStream::from_std(OwnedFd::from(socket).into()).unwrap();
+            Connection { stream }
+        };
+        (connection(one), connection(other))
+    }
+
+    fn soon(millis: u64) -> Instant {
+        Instant::now() + Duration::from_millis(millis)
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_is_waited_for_and_then_named() {
+        let (server, ztunnel) = pair();
+        let packet = [7; MAX_PACKET];
+        let mut sent = 0;
+        let error = loop {
+            match server.send(&packet, None, soon(100)).await {
+                Ok(_) => sent += 1,
+                Err(error) => break error.to_string(),
+            }
+            assert!(sent < 100_000, "the kernel takes no end of packets");
+        };
+        assert!(error.contains("it does not read"), "{error}");
+        // It begins to read: what waited goes out, whole.
+        let read = async {
+            for _ in 0..=sent {
+                assert_eq!(ztunnel.receive().await.unwrap().unwrap(), packet);
+            }
+        };
+        let (tries, ()) = tokio::join!(server.send(&packet, None, soon(10_000)), read);
+        tries.unwrap();
+    }
+
+    #[tokio::test]
+    async fn no_room_in_the_kernel_is_waited_out() {
+        let mut left = 3;
+        let attempt = || {
+            left -= 1;
+            let full = left >= 0;
+            async move {
+                if full {
+                    return Err(Errno::ENOBUFS.into());
+                }
+                Ok(())
+            }
+        };
+        assert_eq!(persist(attempt, soon(10_000)).await, Ok(3));
+    }
+
+    #[tokio::test]
+    async fn no_room_for_too_long_says_what_to_look_at() {
+        for (errno, cure) in [
+            (Errno::ENOBUFS, "net.core.wmem_max"),
+            (Errno::ETOOMANYREFS, "LimitNOFILE"),
+        ] {
+            let error = persist(|| async move { Err(errno.into()) }, soon(50)).await;
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(cure), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_gone_is_no_reason_to_wait() {
+        let (server, ztunnel) = pair();
+        drop(ztunnel);
+        let error = server.send(b"x", None, soon(10_000)).await.unwrap_err();
+        assert!(error.to_string().contains("Broken pipe"), "{error}");
+        assert_eq!(server.receive().await, Ok(None));
+    }
 }

@@ -6,5 +6,9 @@
     reason = "test code: a step that fails is a test that fails"
 )]
 
+mod broken;
 mod changes;
 mod peer;
+mod several;
+mod snapshot;
+mod socket;

@@ -207,11 +207,23 @@ impl Peer {
             .unwrap_or_else(|| panic!("nothing was said within {LONG:?}"))
     }
 
+    /// Like `next`, for a pod of another service account.
+    pub(crate) async fn next_as(&self, account: &str) -> (String, Option<u64>) {
+        let started = Instant::now();
+        loop {
+            if let Some(said) = self.try_next(account) {
+                return said;
+            }
+            assert!(started.elapsed() < LONG, "nothing was said");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// Like `next`; `None` when nothing comes. `"eof"` when the server has hung up.
     pub(crate) async fn next_within(&self, time: Duration) -> Option<(String, Option<u64>)> {
         let started = Instant::now();
         loop {
-            if let Some(said) = self.try_next() {
+            if let Some(said) = self.try_next("sa") {
                 return Some(said);
             }
             if started.elapsed() > time {
@@ -221,7 +233,7 @@ impl Peer {
         }
     }
 
-    fn try_next(&self) -> Option<(String, Option<u64>)> {
+    fn try_next(&self, account: &str) -> Option<(String, Option<u64>)> {
         let mut packet = vec![0; 4096];
         let mut control = nix::cmsg_space!([RawFd; 4]);
         let mut iov = [IoSliceMut::new(&mut packet)];
@@ -254,7 +266,7 @@ impl Peer {
             Request::Add(add) => {
                 let info = add.workload_info.expect("mandatory");
                 let sent = (&*info.name, &*info.namespace, &*info.service_account);
-                assert_eq!(sent, (&*format!("{}-name", add.uid), "ns", "sa"));
+                assert_eq!(sent, (&*format!("{}-name", add.uid), "ns", account));
                 format!("add {}", add.uid)
             }
             Request::Del(del) => format!("del {}", del.uid),
