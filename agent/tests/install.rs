@@ -1,9 +1,4 @@
 //! The installer in real directories: links, modes, other programs that write at the same time, kills between two steps.
-#![expect(
-    clippy::panic,
-    reason = "test code: a step that fails is a test that fails"
-)]
-
 mod scratch;
 
 use std::{

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 use crate::{
@@ -44,7 +44,7 @@ pub struct Config {
 }
 
 /// Our keys in the plugin's entry of the network configuration; all may be left out.
-#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize, Serialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Entry {
     /// The agent's socket.
@@ -64,7 +64,7 @@ pub struct Entry {
 }
 
 /// What starts without the agent.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AgentAway {
     /// What the decision file says is not of the mesh, and excluded namespaces.

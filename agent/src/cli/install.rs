@@ -1,16 +1,18 @@
 //! `culvert install` and `culvert uninstall`: the plugin's place on this host, by hand.
 
 use std::{
+    collections::BTreeSet,
+    os::unix::net::UnixStream,
     path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
 use culvert::{
-    install::{Cause, EntryOptions, Installer, Mode, Options, PLUGIN, Plan},
+    install::{Cause, Installer, Mode, Options, Plan, beside_us, entry},
     kernel::{Netns, Node, inspect, node, pod},
 };
+use culvert_cni::config::Entry as Keys;
 use serde_json::json;
 
 use super::{Global, output::print};
@@ -93,6 +95,12 @@ pub(crate) struct UninstallArgs {
     /// With --unenrol-pods: wait this long for connections that still go through ztunnel.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     wait: u64,
+    /// Even while an agent runs on this node, which puts everything back at once.
+    #[arg(long)]
+    force: bool,
+    /// The agent's socket: how it is noticed.
+    #[arg(long, env = "CULVERT_SOCKET", default_value = culvert_cni::api::SOCKET, value_name = "FILE")]
+    socket: PathBuf,
     /// Print what would change, and change nothing.
     #[arg(long)]
     dry_run: bool,
@@ -143,32 +151,31 @@ impl Args {
             Mode::Chained
         } else if istio_switch("CHAINED_CNI_PLUGIN")? == Some(false) {
             Mode::Standalone
-        } else if istio_switch("ISTIO_OWNED_CNI_CONFIG")? == Some(true) {
-            Mode::OwnList
         } else {
-            Mode::Auto
+            match istio_switch("ISTIO_OWNED_CNI_CONFIG")? {
+                Some(true) => Mode::OwnList,
+                Some(false) => Mode::Chained,
+                None => Mode::Auto,
+            }
         };
-        let plugin = match &self.plugin_binary {
-            Some(plugin) => plugin.clone(),
-            None => std::env::current_exe()
-                .context("cannot tell where this program is; use --plugin-binary")?
-                .with_file_name(PLUGIN),
+        let mut keys = Keys {
+            excluded_namespaces: BTreeSet::from(["kube-system".to_owned()]),
+            ..Keys::default()
         };
-        let mut entry = EntryOptions::default();
         if let Some(names) = &self.exclude_namespaces {
-            entry.excluded_namespaces = names.iter().cloned().collect();
+            keys.excluded_namespaces = names.iter().cloned().collect();
         } else if let Some(names) = istio("EXCLUDE_NAMESPACES") {
-            entry.excluded_namespaces = names
+            keys.excluded_namespaces = names
                 .split(',')
                 .map(|n| n.trim().to_owned())
                 .filter(|n| !n.is_empty())
                 .collect();
         }
         if let Some(socket) = &self.socket {
-            entry.socket.clone_from(socket);
+            keys.socket.clone_from(socket);
         }
         Ok(Options {
-            plugin,
+            plugin: self.plugin_binary.clone().unwrap_or_else(beside_us),
             mode,
             conf_name: self.conf_name.clone().or_else(|| istio("CNI_CONF_NAME")),
             own_name: self
@@ -176,7 +183,7 @@ impl Args {
                 .clone()
                 .or_else(|| istio("ISTIO_OWNED_CNI_CONFIG_FILENAME")),
             group_read: self.group_read || istio_switch("CNI_CONF_GROUP_READ")? == Some(true),
-            entry: entry.entry(),
+            entry: entry(&keys),
             ..self.place.options()
         })
     }
@@ -241,6 +248,13 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result
         show(global, &plan, true)?;
         return Ok(ExitCode::SUCCESS);
     }
+    anyhow::ensure!(
+        args.force || UnixStream::connect(&args.socket).is_err(),
+        "an agent runs on this node (it answers at {}) and would put everything back at once: delete its DaemonSet, or keep it \
+         off this node by its node selector, and the agent takes the plugin away itself; or stop it first; --force does not \
+         wait for that",
+        args.socket.display()
+    );
     let mut failed: Vec<anyhow::Error> = match installer.apply_all(&plan) {
         Ok(()) => Vec::new(),
         Err(errors) => errors.into_iter().map(Into::into).collect(),

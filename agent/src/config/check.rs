@@ -129,7 +129,11 @@ fn cni(config: &Config, found: &mut Resolver<'_>) {
         .cni_conf_name
         .iter()
         .map(|name| ("cni-conf-name", name));
-    for (key, name) in conf_name.chain([("cni-own-config-name", &config.cni_own_config_name)]) {
+    let own_name = config
+        .cni_own_config_name
+        .iter()
+        .map(|name| ("cni-own-config-name", name));
+    for (key, name) in conf_name.chain(own_name) {
         let path = Path::new(name);
         let known = path
             .extension()

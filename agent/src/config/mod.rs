@@ -118,8 +118,8 @@ settings! {
     cni_chained: bool = true, "cni-chained", or "CHAINED_CNI_PLUGIN";
     /// Keep a list of our own that sorts before the runtime's; auto does so beside a CNI that rewrites its file.
     cni_own_config: OwnConfig = OwnConfig::Auto, "cni-own-config", or "ISTIO_OWNED_CNI_CONFIG";
-    /// Name of that list.
-    cni_own_config_name: String = "02-culvert.conflist".to_owned(), "cni-own-config-name", or "ISTIO_OWNED_CNI_CONFIG_FILENAME";
+    /// Name of that list; by default one that sorts before the runtime's: 00-culvert.conflist.
+    cni_own_config_name: Option<String> = None, "cni-own-config-name", or "ISTIO_OWNED_CNI_CONFIG_FILENAME";
     /// Let the group read the configuration that is written: mode 0640, not 0600.
     cni_conf_group_read: bool = false, "cni-conf-group-read", or "CNI_CONF_GROUP_READ";
     /// Namespaces whose pods are never enrolled.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::json::{self, Member};
+use culvert_cni::config::VERSIONS;
 
 /// `type` of our entry and name of the binary.
 pub const PLUGIN: &str = "culvert-cni";
@@ -79,9 +80,6 @@ pub enum Error {
     )]
     Version(String),
 }
-
-/// Versions of the CNI specification in which our entry may stand.
-pub const VERSIONS: &[&str] = &["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// Our entry, without what the installer notes in it.
 pub type Entry = Map<String, Value>;

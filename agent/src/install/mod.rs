@@ -5,76 +5,26 @@
 
 pub mod active;
 pub mod conflist;
-mod entry;
 mod error;
 mod files;
 mod json;
 pub mod leave;
+mod options;
 mod party;
 mod plan;
 mod watch;
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Mutex, PoisonError},
 };
 
 pub use conflist::{Entry, PLUGIN};
-pub use entry::{AgentAway, EntryOptions};
 pub use error::{Cause, Error};
 pub use leave::{Leave, leave_or_remove};
+pub use options::{Mode, Options, beside_us, entry};
 pub use plan::{Operation, Plan};
 pub use watch::{State, Status};
-
-/// Where our entry goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Mode {
-    /// [`Mode::OwnList`] beside Cilium, else [`Mode::Chained`].
-    #[default]
-    Auto,
-    /// Into the active configuration.
-    Chained,
-    /// Into a list of our own that sorts before the active configuration and carries its plugins.
-    OwnList,
-    /// Into a configuration that nobody but, say, Multus uses.
-    Standalone,
-}
-
-/// What to install, and where.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Where runtimes look for plugins.
-    pub bin_dir: PathBuf,
-    /// Where runtimes look for configurations.
-    pub conf_dir: PathBuf,
-    /// The plugin to copy.
-    pub plugin: PathBuf,
-    /// Where our entry goes.
-    pub mode: Mode,
-    /// The active configuration's name, if it is not to be looked for.
-    pub conf_name: Option<String>,
-    /// The name of a list of our own, if it is not to be derived.
-    pub own_name: Option<String>,
-    /// Files of ours may be read by their group.
-    pub group_read: bool,
-    /// Our entry.
-    pub entry: Entry,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            bin_dir: "/opt/cni/bin".into(),
-            conf_dir: "/etc/cni/net.d".into(),
-            plugin: PLUGIN.into(),
-            mode: Mode::Auto,
-            conf_name: None,
-            own_name: None,
-            group_read: false,
-            entry: EntryOptions::default().entry(),
-        }
-    }
-}
 
 /// Puts the plugin in its place and takes it away.
 #[derive(Debug)]

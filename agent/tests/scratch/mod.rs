@@ -1,6 +1,7 @@
 //! A node's two directories for one test, and an installer for them.
 #![expect(
     clippy::unwrap_used,
+    clippy::panic,
     reason = "test code: a step that fails is a test that fails"
 )]
 #![allow(
