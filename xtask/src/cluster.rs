@@ -33,6 +33,9 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     if needs_machine {
         host::require_root("cluster")?;
         host::ensure_packages(host::CLUSTER, "the cluster")?;
+        if args.arguments.iter().any(|word| word.contains("cilium")) {
+            host::ensure_packages(host::CILIUM, "Cilium")?;
+        }
     }
     // Becoming it, so that Ctrl-C reaches the program that cleans up, and nobody else.
     let error = command(&project)?.args(&args.arguments).exec();

@@ -92,6 +92,18 @@ pub(crate) const CLUSTER: &[Package] = &[
     },
 ];
 
+/// The compiler that Cilium's agent runs when it starts.
+pub(crate) const CILIUM: &[Package] = &[
+    Package {
+        name: "clang-19",
+        proof: "/usr/lib/llvm-19/bin/clang",
+    },
+    Package {
+        name: "llvm-19",
+        proof: "/usr/lib/llvm-19/bin/llvm-objcopy",
+    },
+];
+
 impl Package {
     fn is_there(self) -> bool {
         if self.proof.starts_with('/') {

@@ -160,7 +160,16 @@ impl Api {
     /// # Errors
     /// When there is no such account.
     pub fn token_for(&self, namespace: &str, account: &str) -> Result<String> {
-        let duration = format!("--duration={}s", TOKEN.as_secs());
+        self.token_for_long(namespace, account, TOKEN)
+    }
+
+    pub(crate) fn token_for_long(
+        &self,
+        namespace: &str,
+        account: &str,
+        life: Duration,
+    ) -> Result<String> {
+        let duration = format!("--duration={}s", life.as_secs());
         let args = ["create", "token", account, "-n", namespace, &duration];
         Ok(self.admin.run(&args)?.trim().to_owned())
     }

@@ -58,6 +58,14 @@ fn remove_tree(dir: &Path) -> bool {
     fs::remove_dir(dir).is_ok()
 }
 
+/// The v2 hierarchy, wherever it is mounted.
+pub(crate) fn v2() -> Result<PathBuf> {
+    mounts()?
+        .into_iter()
+        .find_map(|(kind, root)| (kind == "cgroup2").then_some(root))
+        .context("no cgroup2 is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified")
+}
+
 /// The kinds and places of all hierarchies.
 fn mounts() -> Result<Vec<(String, PathBuf)>> {
     let table =

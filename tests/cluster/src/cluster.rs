@@ -1,33 +1,31 @@
 //! A whole cluster: the order in which everything starts, what can be done to it while it runs, and its end. How each
 //! part is set up is decided elsewhere.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::api::{Api, Running, Spec};
-use crate::image::{self, Image};
+use crate::image;
 use crate::node::Node;
+use crate::nodes::node_state;
 use crate::parts::{Part, Parts};
 use crate::place::{self, Scratch};
 use crate::plan::NODES;
-use crate::server::{Lifetime, Server};
+use crate::server::Lifetime;
 use crate::services::{self, Service};
 use crate::state::{NodeState, State, dir_of, take_plan};
-use crate::{controllers, sweep, tool};
+use crate::{cilium, controllers, sweep, tool};
 
 /// Generous: the machine may be busy with other things.
 const READY: Duration = Duration::from_secs(180);
-const CONTAINERD: Duration = Duration::from_secs(60);
 
 static SERIAL: AtomicU32 = AtomicU32::new(0);
 
@@ -37,6 +35,8 @@ static SERIAL: AtomicU32 = AtomicU32::new(0);
 pub enum Cni {
     /// The reference plugin `bridge`, with kube-proxy
     Bridge,
+    /// Cilium at its fast settings, which replaces kube-proxy; build it first
+    Cilium,
     /// None: pods wait until a test has brought one
     None,
 }
@@ -98,13 +98,9 @@ impl Cluster {
         );
         sweep::leftovers()?;
         let parts = Parts::find()?;
-        for part in [
-            Part::KubeControllerManager,
-            Part::KubeScheduler,
-            Part::Kubelet,
-            Part::KubeProxy,
-        ] {
-            parts.get(part)?;
+        let cilium = Part::CILIUM.iter().filter(|_| options.cni == Cni::Cilium);
+        for part in Part::ALL[2..6].iter().chain(cilium) {
+            parts.get(*part)?;
         }
         let (dir, scratch, lifetime) = if options.on_its_own {
             let dir = dir_of(&options.name)?;
@@ -205,6 +201,15 @@ impl Cluster {
         Ok(())
     }
 
+    /// Ends one that is not dropped, with its files.
+    pub(crate) fn end(&self) -> Result<()> {
+        let down = self.down();
+        if let Some(scratch) = &self.scratch {
+            scratch.remove();
+        }
+        down
+    }
+
     /// Removes what is there of a cluster on its own, however broken.
     ///
     /// # Errors
@@ -218,12 +223,12 @@ impl Cluster {
         fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes the state, and writes it down.
-    fn note(&self, change: impl FnOnce(&mut State)) -> Result<()> {
+    pub(crate) fn note(&self, change: impl FnOnce(&mut State)) -> Result<()> {
         let mut state = self.lock();
         change(&mut state);
         state.running = self.api.running();
@@ -245,7 +250,11 @@ impl Cluster {
                 started?;
                 // Not before: they end when they find no API server.
                 let controllers = controllers::start(&self.api, plan)?;
-                self.note(|state| state.controllers = controllers)
+                self.note(|state| state.controllers = controllers)?;
+                if cni == Cni::Cilium {
+                    cilium::install(&self.api, plan)?;
+                }
+                Ok(())
             });
             let booting: Vec<_> = nodes
                 .iter()
@@ -261,8 +270,10 @@ impl Cluster {
         for node in &nodes {
             self.register(node)?;
             self.start_service(node, Service::Kubelet)?;
-            if cni == Cni::Bridge {
-                self.start_service(node, Service::KubeProxy)?;
+            match cni {
+                Cni::Bridge => self.start_service(node, Service::KubeProxy)?,
+                Cni::Cilium => self.start_service(node, Service::Cilium)?,
+                Cni::None => {}
             }
         }
         self.wait_until_ready(cni)
@@ -271,8 +282,11 @@ impl Cluster {
     fn prepare(&self, node: &Node, cni: Cni, images: &[PathBuf]) -> Result<()> {
         node.wire()?;
         services::write_files(&self.api, node)?;
-        if cni == Cni::Bridge {
-            services::write_bridge_network(node)?;
+        services::copy_plugins(node)?;
+        match cni {
+            Cni::Bridge => services::write_bridge_network(node)?,
+            Cni::Cilium => cilium::write_files(&self.api, node)?,
+            Cni::None => {}
         }
         self.boot(node)?;
         for image in images {
@@ -282,7 +296,7 @@ impl Cluster {
     }
 
     /// Starts a node's first process and its container runtime.
-    fn boot(&self, node: &Node) -> Result<()> {
+    pub(crate) fn boot(&self, node: &Node) -> Result<()> {
         let init = node.boot(self.api.spec().lifetime)?;
         self.note(|state| node_state(state, node).init = Some(init))?;
         self.start_service(node, Service::Containerd)
@@ -302,7 +316,7 @@ impl Cluster {
 
     fn wait_until_ready(&self, cni: Cni) -> Result<()> {
         let nodes = usize::from(self.lock().count());
-        if cni == Cni::Bridge {
+        if cni != Cni::None {
             self.admin()
                 .wait_until(
                     "all nodes are ready",
@@ -363,139 +377,6 @@ impl Cluster {
             .into_iter()
             .find(|node| node.name() == name)
             .with_context(|| format!("no node {name}: there are {}", names.join(", ")))
-    }
-
-    /// A command in a node's namespaces, to be run as the caller likes.
-    ///
-    /// # Errors
-    /// When the node is off.
-    pub fn command_on(&self, node: &Node, args: &[impl AsRef<OsStr>]) -> Result<Command> {
-        let mut state = self.lock();
-        let init = node_state(&mut state, node)
-            .init
-            .clone()
-            .filter(Server::alive)
-            .with_context(|| format!("{} is off", node.name()))?;
-        Ok(Node::command(&init, args))
-    }
-
-    /// Runs a command on a node to its end and returns what it printed.
-    ///
-    /// # Errors
-    /// When the node is off or the command fails; the error holds what it said.
-    pub fn run_on(&self, node: &Node, args: &[impl AsRef<OsStr>]) -> Result<String> {
-        tool::run(&mut self.command_on(node, args)?)
-    }
-
-    /// Makes an image known to all nodes: a tar as `docker save` or an OCI layout has it.
-    ///
-    /// # Errors
-    /// When a node is off or refuses it.
-    pub fn import(&self, tar: &Path) -> Result<()> {
-        self.nodes()
-            .iter()
-            .try_for_each(|node| self.import_to(node, tar))
-    }
-
-    /// Builds an image and makes it known to all nodes.
-    ///
-    /// # Errors
-    /// When a file cannot be read, or a node is off or refuses it.
-    pub fn add_image(&self, image: &Image) -> Result<()> {
-        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let file = format!("{}-{serial}.tar", std::process::id());
-        let path = self.api.scratch().join("images").join(file);
-        image.write(&path)?;
-        let imported = self.import(&path);
-        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-        imported
-    }
-
-    fn import_to(&self, node: &Node, tar: &Path) -> Result<()> {
-        let words = ["ctr", "-n", "k8s.io", "images", "import"];
-        let mut command = self.command_on(node, &words)?;
-        tool::run(command.arg(tar)).map(drop)
-    }
-
-    /// Starts a service of a node; containerd is waited for.
-    ///
-    /// # Errors
-    /// When it runs already, does not start, or the node is off.
-    pub fn start_service(&self, node: &Node, service: Service) -> Result<()> {
-        if self
-            .service(node, service)
-            .is_some_and(|server| server.alive())
-        {
-            bail!("{} on {} runs: stop it first", service.name(), node.name());
-        }
-        let command = self.command_on(node, &service.command_line(&self.api, node)?)?;
-        // All of a node ends with its first process.
-        let outer = Server::start(node.dir(), service.name(), command, Lifetime::OnItsOwn)?;
-        let mut server = outer.behind()?;
-        if service.restarts() {
-            server = server.with_group();
-        }
-        self.note(|state| {
-            node_state(state, node)
-                .services
-                .insert(service, server.clone());
-        })?;
-        if service == Service::Containerd {
-            server.wait_until("it serves", CONTAINERD, || {
-                self.run_on(node, &["ctr", "-n", "k8s.io", "images", "list", "-q"])
-                    .is_ok()
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Kills a service of a node; one that does not run is fine.
-    ///
-    /// # Errors
-    /// When it does not end.
-    pub fn stop_service(&self, node: &Node, service: Service) -> Result<()> {
-        self.service(node, service)
-            .map_or(Ok(()), |server| server.kill())
-    }
-
-    fn service(&self, node: &Node, service: Service) -> Option<Server> {
-        node_state(&mut self.lock(), node)
-            .services
-            .get(&service)
-            .cloned()
-    }
-
-    /// Pulls a node's plug: all its processes are gone, with its mounts and its network namespace; its files stay.
-    ///
-    /// # Errors
-    /// When something does not end.
-    pub fn power_off(&self, node: &Node) -> Result<()> {
-        let (init, services) = {
-            let mut state = self.lock();
-            let state = node_state(&mut state, node);
-            (state.init.take(), std::mem::take(&mut state.services))
-        };
-        if let Some(init) = init {
-            init.kill()?;
-        }
-        for server in services.values() {
-            server.wait_for_end()?;
-        }
-        node.unwire()?;
-        self.note(|_| {})
-    }
-
-    /// Switches a node on again, with the services named, in that order; containerd always comes first.
-    ///
-    /// # Errors
-    /// When it is on, or something does not start.
-    pub fn power_on(&self, node: &Node, services: &[Service]) -> Result<()> {
-        node.wire()?;
-        self.boot(node)?;
-        services
-            .iter()
-            .filter(|service| **service != Service::Containerd)
-            .try_for_each(|service| self.start_service(node, *service))
     }
 
     /// Which servers do not run, for a look at the whole.
@@ -560,12 +441,6 @@ impl Drop for Cluster {
             eprintln!("{error:#}");
         }
     }
-}
-
-fn node_state<'a>(state: &'a mut State, node: &Node) -> &'a mut NodeState {
-    // A `Node` is only made for a number that its state has.
-    let index = usize::from(node.number.saturating_sub(1));
-    &mut state.nodes[index]
 }
 
 /// How many nodes are ready, by `get nodes -o json`.

@@ -14,24 +14,32 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Environment: `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`;
+//! [`Cluster`] is the whole, with nodes that run pods; [`Cluster::shared`] is one for all tests of a process, each of which
+//! takes a [`Namespace`] there. A test that breaks nodes has one of its own ([`Cluster::up`]).
+//!
+//! Environment: `CULVERT_CLUSTER` names the running cluster that tests are to share; `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`;
 //! `CULVERT_KEEP=1` keeps the files of what has ended.
 
 mod api;
+mod build;
 mod cgroups;
+mod cilium;
 mod cluster;
 mod control_plane;
 mod controllers;
 mod image;
 mod kubeconfig;
 mod kubectl;
+mod namespace;
 mod node;
+mod nodes;
 mod parts;
 mod pki;
 mod place;
 mod plan;
 mod server;
 mod services;
+mod shared;
 mod state;
 mod sweep;
 mod tool;
@@ -41,6 +49,7 @@ pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
 pub use image::{BUSYBOX, Image};
 pub use kubectl::Kubectl;
+pub use namespace::Namespace;
 pub use node::Node;
 pub use parts::{Part, Parts};
 pub use services::Service;

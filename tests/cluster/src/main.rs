@@ -27,6 +27,9 @@ enum Verb {
         /// Only etcd and the API server
         #[arg(long)]
         control_plane: bool,
+        /// Cilium too, which takes some minutes more
+        #[arg(long, conflicts_with = "control_plane")]
+        cilium: bool,
     },
     /// Start a cluster and wait until its nodes are ready
     Up {
@@ -64,7 +67,11 @@ enum Verb {
 fn main() -> ExitCode {
     let Args { name, verb } = Args::parse();
     let result = match verb {
-        Verb::Build { control_plane } => build(control_plane),
+        Verb::Build {
+            control_plane: true,
+            ..
+        } => Parts::find().and_then(|parts| parts.build(&Part::CONTROL_PLANE)),
+        Verb::Build { cilium, .. } => build(cilium),
         Verb::Up { nodes, cni } => up(&name, nodes, cni),
         Verb::Down => Cluster::remove(&name),
         Verb::Status { output } => status(&name, output.is_some()),
@@ -80,17 +87,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn build(control_plane: bool) -> Result<()> {
-    let parts: &[Part] = if control_plane {
-        &Part::CONTROL_PLANE
-    } else {
-        &Part::ALL
-    };
-    Parts::find()?.build(parts)
+fn build(cilium: bool) -> Result<()> {
+    let parts = Parts::find()?;
+    parts.build(&Part::ALL)?;
+    if cilium {
+        parts.build(&Part::CILIUM)?;
+    }
+    Ok(())
 }
 
 fn up(name: &str, nodes: u8, cni: Cni) -> Result<()> {
-    build(false)?;
+    build(cni == Cni::Cilium)?;
     if let Ok(cluster) = Cluster::attach(name) {
         let (there, wanted) = ((cluster.nodes().len(), cluster.cni()), (nodes.into(), cni));
         ensure!(

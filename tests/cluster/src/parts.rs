@@ -2,18 +2,15 @@
 //! Go modules beside this crate and nowhere else.
 
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::place;
+use crate::{build, place};
 
-/// How often a build that takes minutes says that it goes on.
-const PROGRESS: Duration = Duration::from_secs(10);
+/// The Go module of Cilium.
+pub(crate) const CILIUM: &str = "github.com/cilium/cilium";
 
 /// A program built from a Go module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +27,12 @@ pub enum Part {
     Kubelet,
     /// Carries traffic to Services
     KubeProxy,
+    /// Cilium's agent, with its chart, its custom resources and the sources of its programs beside it
+    CiliumAgent,
+    /// Cilium's CNI plugin
+    CiliumCni,
+    /// Asks Cilium's agent
+    CiliumDbg,
     /// Installs charts
     Helm,
     /// Runs CNI plugins by hand
@@ -39,7 +42,10 @@ pub enum Part {
 }
 
 impl Part {
-    /// All parts, in the order in which they are of use.
+    /// What a cluster with Cilium needs besides.
+    pub const CILIUM: [Self; 3] = [Self::CiliumAgent, Self::CiliumCni, Self::CiliumDbg];
+
+    /// All parts but Cilium's, in the order in which they are of use.
     pub const ALL: [Self; 9] = [
         Self::Etcd,
         Self::KubeApiserver,
@@ -64,6 +70,9 @@ impl Part {
             Self::KubeScheduler => "kube-scheduler",
             Self::Kubelet => "kubelet",
             Self::KubeProxy => "kube-proxy",
+            Self::CiliumAgent => "cilium-agent",
+            Self::CiliumCni => "cilium-cni",
+            Self::CiliumDbg => "cilium-dbg",
             Self::Helm => "helm",
             Self::Cnitool => "cnitool",
             Self::Coredns => "coredns",
@@ -71,8 +80,12 @@ impl Part {
     }
 
     /// The folder of the Go module that pins it, the module whose version it has, and its package there.
-    fn pin(self) -> (&'static str, &'static str, String) {
+    pub(crate) fn pin(self) -> (&'static str, &'static str, String) {
+        let cilium = |package: &str| ("cilium", CILIUM, package.to_owned());
         match self {
+            Self::CiliumAgent => cilium("/daemon"),
+            Self::CiliumCni => cilium("/plugins/cilium-cni"),
+            Self::CiliumDbg => cilium("/cilium-dbg"),
             Self::Etcd => ("etcd", "go.etcd.io/etcd/server/v3", String::new()),
             Self::Helm => ("tools", "helm.sh/helm/v3", "/cmd/helm".to_owned()),
             Self::Cnitool => (
@@ -90,7 +103,7 @@ impl Part {
     }
 
     /// Programs of one module lie together; all others alone.
-    fn folder(self) -> &'static str {
+    pub(crate) fn folder(self) -> &'static str {
         let (folder, ..) = self.pin();
         if folder == "tools" {
             self.name()
@@ -125,9 +138,14 @@ impl Parts {
         let path = self.path(part)?;
         if !path.is_file() {
             bail!(
-                "{} is not there: build it with `cargo xtask cluster build` (minutes, once), or point \
+                "{} is not there: build it with `cargo xtask cluster build{}` (minutes, once), or point \
                  CULVERT_CLUSTER_DIR at a directory that has it",
-                path.display()
+                path.display(),
+                if Self::is_cilium(part) {
+                    " --cilium"
+                } else {
+                    ""
+                }
             );
         }
         Ok(path)
@@ -162,7 +180,7 @@ impl Parts {
         for part in missing {
             // Another build may have made it meanwhile.
             if !self.path(part)?.is_file() {
-                self.build_one(part)
+                build::one(part, &self.path(part)?)
                     .with_context(|| format!("building {}", part.name()))?;
             }
         }
@@ -180,83 +198,17 @@ impl Parts {
             .join(part.name()))
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the programs are Go's to build")]
-    fn build_one(&self, part: Part) -> Result<()> {
-        let path = self.path(part)?;
-        let dir = path.parent().context("a path without a directory")?;
-        fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-        let temporary = path.with_extension("new");
-        let (_, module, package) = part.pin();
-        let version = dir
-            .file_name()
-            .and_then(|name| name.to_str()?.split_once("-v"))
-            .map_or("", |(_, version)| version);
-        let go = go_mod(part);
-        let mut child = Command::new("go")
-            .current_dir(go.parent().unwrap_or(Path::new(".")))
-            .args(["build", "-v", "-trimpath", "-buildvcs=false", "-ldflags"])
-            .arg(linker_flags(part, version))
-            .arg("-o")
-            .arg(&temporary)
-            .arg(format!("{module}{package}"))
-            .env("CGO_ENABLED", "0")
-            .env_remove("GOFLAGS")
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("starting `go`: install Go 1.26 or newer and put it on PATH")?;
-        let (started, mut said, mut count) = (Instant::now(), Instant::now(), 0_u32);
-        let mut tail = Vec::new();
-        for line in BufReader::new(child.stderr.take().context("no stderr")?).lines() {
-            let line = line.context("reading what go says")?;
-            count += 1;
-            if said.elapsed() >= PROGRESS {
-                said = Instant::now();
-                let seconds = started.elapsed().as_secs();
-                eprintln!("  {}: {seconds} s, {count} packages, {line}", part.name());
-            }
-            tail.push(line);
-            if tail.len() > 20 {
-                tail.remove(0);
-            }
-        }
-        let status = child.wait().context("waiting for go")?;
-        if !status.success() {
-            bail!("go build: {status}\n{}", tail.join("\n"));
-        }
-        // Whoever sees the file sees all of it.
-        fs::rename(&temporary, &path).with_context(|| format!("making {}", path.display()))?;
-        eprintln!(
-            "  {}: built in {} s",
-            part.name(),
-            started.elapsed().as_secs()
-        );
-        Ok(())
+    fn is_cilium(part: Part) -> bool {
+        Part::CILIUM.contains(&part)
     }
 }
 
-fn go_mod(part: Part) -> PathBuf {
+pub(crate) fn go_mod(part: Part) -> PathBuf {
     let (folder, ..) = part.pin();
     place::root()
         .join("tests/cluster/go")
         .join(folder)
         .join("go.mod")
-}
-
-/// Kubernetes' programs do not know their version unless they are told when they are linked; clients ask for it.
-fn linker_flags(part: Part, version: &str) -> String {
-    let mut flags = "-s -w".to_owned();
-    if part.folder() == "kubernetes" {
-        let mut numbers = version.split('.');
-        for (key, value) in [
-            ("gitVersion", format!("v{version}")),
-            ("gitMajor", numbers.next().unwrap_or_default().to_owned()),
-            ("gitMinor", numbers.next().unwrap_or_default().to_owned()),
-            ("gitTreeState", "clean".to_owned()),
-        ] {
-            flags += &format!(" -X k8s.io/component-base/version.{key}={value}");
-        }
-    }
-    flags
 }
 
 /// The version that a go.mod requires of a module.
@@ -278,7 +230,7 @@ mod tests {
     #[test]
     fn every_part_has_a_pin() {
         let parts = Parts { bin: "/b".into() };
-        for part in Part::ALL {
+        for part in Part::ALL.into_iter().chain(Part::CILIUM) {
             let path = parts.path(part).unwrap();
             assert!(path.ends_with(part.name()), "{}", path.display());
             assert!(path.to_string_lossy().contains("-v"), "{}", path.display());
@@ -293,15 +245,5 @@ mod tests {
         assert_eq!(version_in(text, "helm.sh/helm/v3"), Some("v3.22.0"));
         assert_eq!(version_in(text, "k8s.io/api"), Some("v0.0.0"));
         assert_eq!(version_in(text, "k8s.io"), None);
-    }
-
-    #[test]
-    fn kubernetes_is_told_its_version() {
-        let flags = linker_flags(Part::Kubelet, "1.36.3");
-        assert!(
-            flags.contains("gitVersion=v1.36.3 ") && flags.contains("gitMinor=36 "),
-            "{flags}"
-        );
-        assert_eq!(linker_flags(Part::Etcd, "3.7.3"), "-s -w");
     }
 }

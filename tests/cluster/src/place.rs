@@ -75,11 +75,27 @@ impl Scratch {
         &self.path
     }
 
+    /// Removes it, unless what has ended is to be kept.
+    pub(crate) fn remove(&self) {
+        if keep() {
+            eprintln!("kept: {}", self.path.display());
+        } else if let Err(error) = fs::remove_dir_all(&self.path) {
+            eprintln!("removing {}: {error}", self.path.display());
+        }
+    }
+
     fn keep_logs(&self) -> Result<()> {
         // Only the last failure of a name is of interest.
         let _none = fs::remove_dir_all(&self.failed);
         fs::create_dir_all(&self.failed)?;
         copy_logs(&self.path, &self.failed, 1)?;
+        for entry in fs::read_dir(&self.path)?.flatten() {
+            let pods = entry.path().join("var/log/pods");
+            if pods.is_dir() {
+                let to = self.failed.join(entry.file_name()).join("pods");
+                copy_logs(&pods, &to, 2)?;
+            }
+        }
         Ok(())
     }
 }
@@ -92,11 +108,7 @@ impl Drop for Scratch {
                 Err(error) => eprintln!("keeping logs of {}: {error}", self.path.display()),
             }
         }
-        if keep() {
-            eprintln!("kept: {}", self.path.display());
-        } else if let Err(error) = fs::remove_dir_all(&self.path) {
-            eprintln!("removing {}: {error}", self.path.display());
-        }
+        self.remove();
     }
 }
 
@@ -106,7 +118,8 @@ fn copy_logs(from: &Path, to: &Path, deeper: u32) -> std::io::Result<()> {
     for entry in fs::read_dir(from)?.flatten() {
         let (path, copy) = (entry.path(), to.join(entry.file_name()));
         if path.extension().is_some_and(|kind| kind == "log") {
-            fs::copy(path, copy)?;
+            // A log may go while it is looked at.
+            let _gone = fs::copy(path, copy);
         } else if deeper > 0 && entry.file_type()?.is_dir() {
             copy_logs(&path, &copy, deeper - 1)?;
         }

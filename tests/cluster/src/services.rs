@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::api::Api;
-use crate::image;
 use crate::kubeconfig::Proof;
 use crate::node::Node;
 use crate::parts::Part;
+use crate::{cilium, image};
 
 /// Where containerd listens, on every node.
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
@@ -21,7 +21,7 @@ const DNS: &str = "10.96.0.10";
 /// Starts a program again and again; killed with it, because both are one process group.
 const AGAIN: &str =
     r#"while :; do "$@"; echo "ended with $?, to be started again"; sleep 0.5; done"#;
-/// Plugins that the bridge network needs, as Debian has them.
+/// Plugins that the bridge network needs; every network needs `loopback`.
 const PLUGINS: [&str; 5] = ["bridge", "host-local", "loopback", "portmap", "ptp"];
 const PLUGINS_FROM: &str = "/usr/lib/cni";
 
@@ -34,6 +34,8 @@ pub enum Service {
     Kubelet,
     /// Carries traffic to Services; what it has set up outlives it
     KubeProxy,
+    /// Cilium's agent; it reads the ConfigMap `cilium-config` anew when it starts, and what it has loaded outlives it
+    Cilium,
 }
 
 impl Service {
@@ -42,6 +44,7 @@ impl Service {
             Self::Containerd => "containerd",
             Self::Kubelet => "kubelet",
             Self::KubeProxy => "kube-proxy",
+            Self::Cilium => "cilium-agent",
         }
     }
 
@@ -65,6 +68,7 @@ impl Service {
         let file = |name: &str| node.dir().join(name).display().to_string();
         let program = |part| -> Result<String> { Ok(api.parts().get(part)?.display().to_string()) };
         Ok(match self {
+            Self::Cilium => cilium::command_line(api, node)?,
             Self::Containerd => vec![
                 "containerd".to_owned(),
                 "--config=/etc/containerd/config.toml".to_owned(),
@@ -99,8 +103,8 @@ pub(crate) fn write_files(api: &Api, node: &Node) -> Result<()> {
     proxy_files(api, node)
 }
 
-/// The network of the bridge plugin, and the plugins themselves.
-pub(crate) fn write_bridge_network(node: &Node) -> Result<()> {
+/// Debian's plugins, where the node's container runtime looks for them.
+pub(crate) fn copy_plugins(node: &Node) -> Result<()> {
     let bin = node.dir().join("opt/cni/bin");
     fs::create_dir_all(&bin).with_context(|| format!("making {}", bin.display()))?;
     for plugin in PLUGINS {
@@ -113,6 +117,11 @@ pub(crate) fn write_bridge_network(node: &Node) -> Result<()> {
             )
         })?;
     }
+    Ok(())
+}
+
+/// The network of the bridge plugin.
+pub(crate) fn write_bridge_network(node: &Node) -> Result<()> {
     let [v4, v6] = node.pod_ranges();
     let list = json!({
         "cniVersion": "1.0.0",

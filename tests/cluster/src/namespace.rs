@@ -1,0 +1,126 @@
+//! A Kubernetes namespace for one test in a cluster that several tests share. It goes with the value; when its test
+//! fails, what is to be known about its pods stays.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::api::Api;
+use crate::place;
+
+/// Generous: the machine may be busy with other things.
+const READY: Duration = Duration::from_secs(120);
+
+/// A namespace that only one test uses.
+#[derive(Debug)]
+pub struct Namespace<'a> {
+    api: &'a Api,
+    name: String,
+}
+
+impl Api {
+    /// Makes a namespace, with labels as `key=value`. What is left of one of that name goes first.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub fn namespace(&self, name: &str, labels: &[&str]) -> Result<Namespace<'_>> {
+        self.kubectl(&["delete", "namespace", name, "--ignore-not-found"])?;
+        self.kubectl(&["create", "namespace", name])?;
+        let namespace = Namespace {
+            api: self,
+            name: name.to_owned(),
+        };
+        if !labels.is_empty() {
+            self.kubectl(&[&["label", "namespace", name], labels].concat())?;
+        }
+        Ok(namespace)
+    }
+}
+
+impl Namespace<'_> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs kubectl in it.
+    ///
+    /// # Errors
+    /// When it fails; the error holds what it said.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.api
+            .kubectl(&[&["--namespace", &self.name][..], args].concat())
+    }
+
+    /// Applies manifests that name no namespace.
+    ///
+    /// # Errors
+    /// When the API server refuses one.
+    pub fn apply(&self, manifests: &str) -> Result<String> {
+        let args = ["--namespace", &self.name, "apply", "--validate=strict"];
+        self.api
+            .admin()
+            .run_with(&[&args[..], &["-f", "-"]].concat(), manifests)
+    }
+
+    /// Waits until all pods there are now are ready.
+    ///
+    /// # Errors
+    /// When one is not in time.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        let timeout = format!("--timeout={}s", READY.as_secs());
+        let args = ["wait", "--for=condition=Ready", "pod", "--all", &timeout];
+        self.kubectl(&args).map(drop)
+    }
+
+    /// Runs a command in a pod (`NAME`, or `daemonset/NAME` and the like) and returns what it printed.
+    ///
+    /// # Errors
+    /// When it fails; the error holds what it said.
+    pub fn exec(&self, pod: &str, command: &[&str]) -> Result<String> {
+        self.kubectl(&[&["exec", pod, "--"], command].concat())
+    }
+
+    /// Writes down what is to be known after a failure.
+    fn keep(&self) -> Result<PathBuf> {
+        let dir = place::cluster_dir()?.join("failed").join(&self.name);
+        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        // A selector that every pod fits: without one, kubectl wants a name.
+        let all = "--selector=!culvert.test/none";
+        let logs = ["logs", all, "--all-containers", "--prefix", "--tail=500"];
+        for (file, args) in [
+            ("pods.log", &["get", "all", "-o", "wide"][..]),
+            ("describe.log", &["describe", "pods"]),
+            ("events.log", &["get", "events", "--sort-by=.lastTimestamp"]),
+            ("containers.log", &logs),
+        ] {
+            let text = self
+                .kubectl(args)
+                .unwrap_or_else(|error| format!("{error:#}"));
+            let path = dir.join(file);
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(dir)
+    }
+}
+
+impl Drop for Namespace<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            match self.keep() {
+                Ok(dir) => eprintln!("pods, events and logs: {}", dir.display()),
+                Err(error) => eprintln!("keeping what {} was like: {error:#}", self.name),
+            }
+        }
+        if place::keep() {
+            eprintln!("kept: namespace {}", self.name);
+            return;
+        }
+        let delete = ["delete", "namespace", &self.name, "--wait=false"];
+        if let Err(error) = self.api.kubectl(&delete) {
+            eprintln!("{error:#}");
+        }
+    }
+}
