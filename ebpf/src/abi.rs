@@ -6,7 +6,7 @@
 use crate::addr::Addr;
 
 /// Version of everything in this file. Stored in [`Config`]; checked before any pin is reused.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Socket marks. Compared under [`mark::MASK`]: the other bits belong to whoever set them.
 pub mod mark {
@@ -77,7 +77,7 @@ pub mod maps {
     pub const EXCLUDED_CIDRS: &str = "EXCLUDED_CIDRS";
     /// [`PortKey`](super::PortKey): ports left alone.
     pub const EXCLUDED_PORTS: &str = "EXCLUDED_PORTS";
-    /// Thread group id (as in the initial PID namespace) of each process that may be ztunnel.
+    /// [`ProcessKey`](super::ProcessKey) of each process that may be ztunnel to [`Named`](super::Named).
     pub const ZTUNNELS: &str = "ZTUNNELS";
     /// Socket storage: present on sockets that a process of `ZTUNNELS` marked as ztunnel's.
     pub const ZTUNNEL_SOCKETS: &str = "ZTUNNEL_SOCKETS";
@@ -91,8 +91,16 @@ pub mod maps {
     pub const STEER: &str = "STEER";
     /// One entry, per CPU: the cookie an entry program hands to `culvert_steer`.
     pub const ENTERING: &str = "ENTERING";
+    /// [`ProcessKey`](super::ProcessKey) of each process that may vouch to [`Named`](super::Named).
+    pub const VOUCHERS: &str = "VOUCHERS";
+    /// Socket storage: present on sockets that a process of `VOUCHERS` made.
+    pub const VOUCHER_SOCKETS: &str = "VOUCHER_SOCKETS";
+    /// The [`PidNamespace`](super::PidNamespace)s that processes are known by besides the initial one.
+    pub const PID_NAMESPACES: &str = "PID_NAMESPACES";
+    /// [`ProbeCounts`](super::ProbeCounts), one entry, per CPU.
+    pub const PROBE_COUNTS: &str = "PROBE_COUNTS";
     /// All of them, in the order they are created.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 21] = [
         CONFIG,
         PODS,
         POD_ADDRS,
@@ -110,6 +118,10 @@ pub mod maps {
         RECORDS,
         STEER,
         ENTERING,
+        VOUCHERS,
+        VOUCHER_SOCKETS,
+        PID_NAMESPACES,
+        PROBE_COUNTS,
     ];
 }
 
@@ -119,6 +131,8 @@ pub mod programs {
     pub const CONNECT: &str = "culvert_connect";
     /// cgroup/setsockopt at the same place: who may set our marks, no device binding.
     pub const SOCKOPT: &str = "culvert_sockopt";
+    /// cgroup/sock_create at the same place: whose sockets may vouch.
+    pub const VOUCH: &str = "culvert_vouch";
     /// sk_lookup, one per pod, a few instructions: knows the pod and jumps to [`STEER`].
     pub const ENTER: &str = "culvert_enter";
     /// sk_lookup, one for the node: where a SYN goes.
@@ -128,6 +142,10 @@ pub mod programs {
 /// Stands in `culvert_enter`'s instructions for the pod's netns cookie, which sk_lookup programs cannot
 /// ask for: the loader replaces it before each load.
 pub const COOKIE_PLACEHOLDER: u64 = 0xC01D_C0DE_C0C0_C1E5;
+
+/// Stands in the instructions of the programs that ask for the calling process: the loader replaces it by 1 where the
+/// kernel can answer for any PID namespace, else by 0, and the verifier drops what it then cannot reach.
+pub const PIDNS_PLACEHOLDER: u64 = 0xC01D_C0DE_9D15_9D15;
 
 /// Node-wide settings, map `CONFIG[0]`.
 #[repr(C)]
@@ -151,6 +169,59 @@ const _: () = assert!(size_of::<Config>() == 32);
 pub const PROBES_NONE: u32 = 0;
 /// Every process in the node's network namespace may.
 pub const PROBES_NODE: u32 = 1;
+/// The processes of `VOUCHERS` may: the kubelet's.
+pub const PROBES_KUBELET: u32 = 2;
+
+/// A process, as the programs can tell it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ProcessKey {
+    /// 0 = the initial PID namespace, n = the one in `PID_NAMESPACES[n - 1]`.
+    pub pid_namespace: u32,
+    /// Thread group id there.
+    pub tgid: u32,
+}
+const _: () = assert!(size_of::<ProcessKey>() == 8);
+
+/// User space's notes on a process it named: whether it is still the same. No program reads them.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Named {
+    /// When it started, in clock ticks since boot: process ids are reused.
+    pub started: u64,
+    /// Its id where it was named.
+    pub pid: u32,
+    /// Inode of the PID namespace in which it was named.
+    pub named_in: u32,
+}
+const _: () = assert!(size_of::<Named>() == 16);
+
+/// A PID namespace, as the kernel wants it named.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PidNamespace {
+    /// Device of the nsfs, in the kernel's own encoding: major << 20 | minor.
+    pub dev: u64,
+    /// Inode there; 0 = this slot is free.
+    pub inode: u64,
+}
+const _: () = assert!(size_of::<PidNamespace>() == 16);
+
+/// Most PID namespaces besides the initial one from which processes are named.
+pub const MAX_PID_NAMESPACES: u32 = 8;
+
+/// Connections from the node to enrolled pods, by what became of them.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ProbeCounts {
+    /// Vouched for: made by a process of `VOUCHERS`.
+    pub kubelet: u64,
+    /// Vouched for: every process of the node may.
+    pub node: u64,
+    /// Not vouched for: they went through ztunnel.
+    pub not_vouched: u64,
+}
+const _: () = assert!(size_of::<ProbeCounts>() == 24);
 
 /// One enrolled pod.
 #[repr(C)]
@@ -330,7 +401,7 @@ pub struct PortKey {
 const _: () = assert!(size_of::<PortKey>() == 16);
 
 /// Room for verdicts in [`Counters`].
-pub const COUNTER_SLOTS: usize = 24;
+pub const COUNTER_SLOTS: usize = 32;
 
 /// Decisions of one pod on one CPU, indexed by [`Verdict`](crate::decide::Verdict).
 #[repr(C)]
@@ -339,7 +410,7 @@ pub struct Counters {
     /// How often each verdict fell.
     pub by_verdict: [u64; COUNTER_SLOTS],
 }
-const _: () = assert!(size_of::<Counters>() == 192);
+const _: () = assert!(size_of::<Counters>() == 256);
 
 /// One decision, as it goes through the ring buffer.
 #[repr(C)]

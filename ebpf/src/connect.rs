@@ -14,8 +14,8 @@ use aya_ebpf::{
 };
 use culvert_ebpf::{
     abi::{
-        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, PROBES_NODE, Pod,
-        Role, RoleKey, mark, newest_first, pod_flags, port, role,
+        FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, PROBES_KUBELET,
+        PROBES_NODE, Pod, Role, RoleKey, mark, newest_first, pod_flags, port, role,
     },
     addr::Addr,
     decide::{self, ConnectFacts, Verdict},
@@ -23,8 +23,9 @@ use culvert_ebpf::{
 
 use crate::{
     kernel::{
-        AF_INET, SO_MARK, TCP_CLOSE, TCP_LISTEN, address, bind_to, cidr_excluded, field, is_own,
-        netns_cookie, port_excluded, remote_port, set_mark, set_option, socket, ztunnel_storage,
+        AF_INET, SO_MARK, TCP_CLOSE, TCP_LISTEN, address, bind_to, cidr_excluded, field, flagged,
+        is_own, netns_cookie, port_excluded, remote_port, set_mark, set_option, socket,
+        ztunnel_storage,
     },
     maps,
     report::{count, decided},
@@ -36,7 +37,7 @@ pub fn run(ops: *mut bpf_sock_ops) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ops),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ops),
         BPF_SOCK_OPS_TCP_LISTEN_CB => listening(ops),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_STATE_CB => flagged(ops),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_STATE_CB => asked_for(ops),
         _ => {}
     }
 }
@@ -179,7 +180,7 @@ fn connecting_elsewhere(ops: *mut bpf_sock_ops, cookie: u64) {
     let Some(config) = maps::CONFIG.get(0) else {
         return;
     };
-    if config.node_cookie != cookie || config.probe_source != PROBES_NODE {
+    if config.node_cookie != cookie {
         return;
     }
     let dst = address!(bpf_sock_ops, ops, remote_ip4, remote_ip6);
@@ -187,11 +188,32 @@ fn connecting_elsewhere(ops: *mut bpf_sock_ops, cookie: u64) {
     let Some(&pod) = (unsafe { maps::POD_BY_ADDR.get(dst) }) else {
         return;
     };
+    let vouches = match config.probe_source {
+        PROBES_NODE => true,
+        PROBES_KUBELET => match socket(ops) {
+            Some(sk) => flagged(&maps::VOUCHER_SOCKETS, sk, false),
+            None => false,
+        },
+        _ => false,
+    };
     let tuple = tuple(ops);
-    if maps::VOUCHED.insert(tuple, 0, 0).is_ok() {
+    let verdict = if vouches && maps::VOUCHED.insert(tuple, 0, 0).is_ok() {
         set_state_callback(ops, true);
-        decided(pod, Verdict::Vouched, &tuple, 0);
+        Verdict::Vouched
+    } else {
+        Verdict::NotVouched
+    };
+    if let Some(counts) = maps::PROBE_COUNTS.get_ptr_mut(0) {
+        // SAFETY: this CPU's own copy.
+        unsafe {
+            match verdict {
+                Verdict::NotVouched => (*counts).not_vouched += 1,
+                _ if config.probe_source == PROBES_NODE => (*counts).node += 1,
+                _ => (*counts).kubelet += 1,
+            }
+        }
     }
+    decided(pod, verdict, &tuple, 0);
 }
 
 /// An accepted socket. Of ours are: the application's, accepted from a delivery (its mark came with the
@@ -352,7 +374,7 @@ fn insert(ops: *mut bpf_sock_ops, mut key: ListenerKey, flags: u64) -> bool {
 /// Callbacks that mostly come because we asked for them: a vouched connection that is established or over,
 /// a listener of ztunnel that closes.
 #[inline(always)]
-fn flagged(ops: *mut bpf_sock_ops) {
+fn asked_for(ops: *mut bpf_sock_ops) {
     if field!(bpf_sock_ops, ops, bpf_sock_ops_cb_flags) & BPF_SOCK_OPS_STATE_CB_FLAG == 0 {
         return;
     }

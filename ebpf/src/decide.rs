@@ -56,11 +56,13 @@ pub enum Verdict {
     OptionDenied = 20,
     /// node: a probe was vouched for.
     Vouched = 21,
+    /// node: a connection from the node was not vouched for: it goes through ztunnel.
+    NotVouched = 22,
 }
 
 impl Verdict {
     /// Every verdict, in the order of its number.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Captured,
         Self::Home,
         Self::Refused,
@@ -83,6 +85,7 @@ impl Verdict {
         Self::UnknownDestination,
         Self::OptionDenied,
         Self::Vouched,
+        Self::NotVouched,
     ];
 
     /// The name used in counters, events and metrics.
@@ -111,6 +114,7 @@ impl Verdict {
             Self::UnknownDestination => "unknown_destination",
             Self::OptionDenied => "option_denied",
             Self::Vouched => "vouched",
+            Self::NotVouched => "not_vouched",
         }
     }
 
@@ -134,7 +138,8 @@ impl Verdict {
             | Self::Inbound
             | Self::NoInboundListener
             | Self::UnknownDestination
-            | Self::Vouched => "inbound",
+            | Self::Vouched
+            | Self::NotVouched => "inbound",
             Self::Home
             | Self::PassLoopback
             | Self::PassHome

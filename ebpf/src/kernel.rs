@@ -14,9 +14,10 @@ use culvert_ebpf::{
     addr::Addr,
 };
 
-use crate::maps;
+use crate::maps::{self, StorageDef};
 
 pub const AF_INET: u32 = 2;
+pub const IPPROTO_TCP: u32 = 6;
 pub const SOL_SOCKET: i32 = 1;
 pub const SO_MARK: i32 = 36;
 pub const SO_BINDTODEVICE: i32 = 25;
@@ -114,20 +115,25 @@ pub fn set_option(ops: *mut bpf_sock_ops, option: i32, mut value: u32) {
     }
 }
 
-/// Is (or becomes, with `create`) this socket one that ztunnel's own process marked?
+/// Is (or becomes, with `create`) this socket one that carries this flag?
 #[inline(always)]
-pub fn ztunnel_storage(sk: *mut bpf_sock, create: bool) -> bool {
-    let map = (&raw const maps::ZTUNNEL_SOCKETS).cast_mut();
+pub fn flagged(map: &'static StorageDef, sk: *mut bpf_sock, create: bool) -> bool {
     // SAFETY: `sk` comes from the context and was checked for null; the map is socket storage.
     let found = unsafe {
         bpf_sk_storage_get(
-            map.cast(),
+            (&raw const *map).cast_mut().cast(),
             sk.cast(),
             core::ptr::null_mut(),
             u64::from(create),
         )
     };
     !found.is_null()
+}
+
+/// Is (or becomes, with `create`) this socket one that ztunnel's own process marked?
+#[inline(always)]
+pub fn ztunnel_storage(sk: *mut bpf_sock, create: bool) -> bool {
+    flagged(&maps::ZTUNNEL_SOCKETS, sk, create)
 }
 
 /// Is it one of the pod's own addresses?

@@ -1,7 +1,7 @@
 //! The kernel programs of Culvert.
 //!
-//! `culvert_connect` (sock_ops), `culvert_sockopt` (cgroup/setsockopt) `culvert_enter` and
-//! `culvert_steer` (sk_lookup).
+//! `culvert_connect` (sock_ops), `culvert_sockopt` (cgroup/setsockopt), `culvert_vouch` (cgroup/sock_create),
+//! `culvert_enter` and `culvert_steer` (sk_lookup).
 //! This file owns the entry points and the licence; each program has its own file and only reads its
 //! context, asks the library's decision functions, and acts. None of them runs for a packet of an
 //! established connection.
@@ -12,13 +12,15 @@
 mod connect;
 mod kernel;
 mod maps;
+mod process;
 mod report;
 mod sockopt;
 mod steer;
+mod vouch;
 
 use aya_ebpf::{
-    macros::{cgroup_sockopt, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockOpsContext, SockoptContext},
+    macros::{cgroup_sock, cgroup_sockopt, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockContext, SockOpsContext, SockoptContext},
 };
 
 /// See `connect.rs`.
@@ -33,6 +35,12 @@ fn culvert_connect(ctx: SockOpsContext) -> u32 {
 #[cgroup_sockopt(setsockopt)]
 fn culvert_sockopt(ctx: SockoptContext) -> i32 {
     sockopt::run(ctx.sockopt)
+}
+
+/// See `vouch.rs`.
+#[cgroup_sock(sock_create)]
+fn culvert_vouch(ctx: SockContext) -> i32 {
+    vouch::run(ctx.sock)
 }
 
 /// See `steer.rs`.

@@ -14,7 +14,8 @@ use aya_ebpf::{
     },
 };
 use culvert_ebpf::abi::{
-    CidrKey, Config, Counters, FourTuple, ListenerKey, Pod, PodAddr, PortKey, Record, Role, RoleKey,
+    CidrKey, Config, Counters, FourTuple, ListenerKey, MAX_PID_NAMESPACES, Named, PidNamespace,
+    Pod, PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey,
 };
 use culvert_ebpf::addr::Addr;
 
@@ -43,7 +44,13 @@ pub static EXCLUDED_CIDRS: LpmTrie<CidrKey, u8> = LpmTrie::with_max_entries(6553
 pub static EXCLUDED_PORTS: HashMap<PortKey, u8> =
     HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 #[map]
-pub static ZTUNNELS: HashMap<u32, u8> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+pub static ZTUNNELS: HashMap<ProcessKey, Named> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+#[map]
+pub static VOUCHERS: HashMap<ProcessKey, Named> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+#[map]
+pub static PID_NAMESPACES: Array<PidNamespace> = Array::with_max_entries(MAX_PID_NAMESPACES, 0);
+#[map]
+pub static PROBE_COUNTS: PerCpuArray<ProbeCounts> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static COUNTERS: PerCpuHashMap<u64, Counters> =
     PerCpuHashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
@@ -73,14 +80,23 @@ pub struct StorageDef {
 // SAFETY: nobody reads or writes the definition; its address names the map to the loader.
 unsafe impl Sync for StorageDef {}
 
+/// Presence is all that counts.
+const fn flag_on_socket() -> StorageDef {
+    StorageDef {
+        map_type: UnsafeCell::new(BPF_MAP_TYPE_SK_STORAGE),
+        key_size: 4,
+        value_size: 4,
+        max_entries: 0,
+        map_flags: BPF_F_NO_PREALLOC,
+        id: 0,
+        pinning: 0,
+    }
+}
+
 #[unsafe(link_section = "maps")]
 #[unsafe(export_name = "ZTUNNEL_SOCKETS")]
-pub static ZTUNNEL_SOCKETS: StorageDef = StorageDef {
-    map_type: UnsafeCell::new(BPF_MAP_TYPE_SK_STORAGE),
-    key_size: 4,
-    value_size: 4,
-    max_entries: 0,
-    map_flags: BPF_F_NO_PREALLOC,
-    id: 0,
-    pinning: 0,
-};
+pub static ZTUNNEL_SOCKETS: StorageDef = flag_on_socket();
+
+#[unsafe(link_section = "maps")]
+#[unsafe(export_name = "VOUCHER_SOCKETS")]
+pub static VOUCHER_SOCKETS: StorageDef = flag_on_socket();

@@ -5,10 +5,7 @@
 //! process, ours are for nobody, and a socket that carries one of ours keeps it. Binding to a device does
 //! nothing: a bound listener would never see a delivery, which comes by `lo`.
 
-use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sockopt},
-    helpers::bpf_get_current_pid_tgid,
-};
+use aya_ebpf::bindings::{bpf_sock, bpf_sockopt};
 use culvert_ebpf::{
     abi::{LOOPBACK_IFINDEX, Pod, mark, pod_flags},
     decide::Verdict,
@@ -16,14 +13,14 @@ use culvert_ebpf::{
 
 use crate::{
     kernel::{
-        SO_BINDTODEVICE, SO_BINDTOIFINDEX, SO_MARK, SOL_SOCKET, TCP_LISTEN, field, netns_cookie,
-        ztunnel_storage,
+        IPPROTO_TCP, SO_BINDTODEVICE, SO_BINDTOIFINDEX, SO_MARK, SOL_SOCKET, TCP_LISTEN, field,
+        netns_cookie, ztunnel_storage,
     },
     maps,
+    process::is_named,
     report::count,
 };
 
-const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -73,12 +70,7 @@ pub fn run(ctx: *mut bpf_sockopt) -> i32 {
 /// Is the calling process one that user space named as ztunnel?
 #[inline(always)]
 fn is_ztunnel_process(pod: &Pod) -> bool {
-    if pod.flags & pod_flags::NAMED_ZTUNNEL == 0 {
-        return false;
-    }
-    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    // SAFETY: the value is never read, only its presence.
-    unsafe { maps::ZTUNNELS.get(tgid) }.is_some()
+    pod.flags & pod_flags::NAMED_ZTUNNEL != 0 && is_named(&maps::ZTUNNELS)
 }
 
 /// The option's value, when it is at least four bytes long.

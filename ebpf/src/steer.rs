@@ -17,14 +17,13 @@ use culvert_ebpf::{
 };
 
 use crate::{
-    kernel::{AF_INET, address, field, is_own, port_excluded},
+    kernel::{AF_INET, IPPROTO_TCP, address, field, is_own, port_excluded},
     maps,
     report::decided,
 };
 
 const PASS: u32 = 1;
 const DROP: u32 = 0;
-const IPPROTO_TCP: u32 = 6;
 
 /// What each pod's own copy does: leave what is not TCP alone, say whose namespace this is, jump.
 ///

@@ -3,16 +3,17 @@
 use std::{
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use culvert::kernel::{
-    Netns, Node, inspect, listeners,
+    Netns, Node, inspect, kubelet, listeners,
     pod::{self, Attached, Detached, Policy},
     track::Rescanner,
 };
-use culvert_ebpf::abi::{PROBES_NODE, PROBES_NONE};
+use culvert_ebpf::abi::{PROBES_KUBELET, PROBES_NODE, PROBES_NONE};
 use ipnet::IpNet;
 use serde_json::json;
 
@@ -83,6 +84,8 @@ pub(crate) struct AttachArgs {
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum ProbeSource {
+    /// The kubelet alone, as long as `culvert netns watch` (or the agent) runs and follows it.
+    Kubelet,
     /// Every process in the node's network namespace.
     Node,
     /// Nobody.
@@ -139,6 +142,7 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
         .collect::<Result<Vec<_>, _>>()?;
     let mut options = global.load_options();
     options.probe_source = args.probe_source.map(|s| match s {
+        ProbeSource::Kubelet => PROBES_KUBELET,
         ProbeSource::Node => PROBES_NODE,
         ProbeSource::None => PROBES_NONE,
     });
@@ -153,6 +157,9 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
     }
     for pid in &args.ztunnel {
         listeners::check_process(*pid)?;
+    }
+    if matches!(args.probe_source, Some(ProbeSource::Kubelet)) {
+        kubelet::check()?;
     }
     let policy = Policy {
         exclude_outbound_cidrs: args.exclude_outbound_cidr.clone(),
@@ -400,11 +407,16 @@ fn show(global: &Global, path: &std::path::Path) -> anyhow::Result<ExitCode> {
 }
 
 fn watch(global: &Global) -> anyhow::Result<ExitCode> {
-    let node = open(global)?;
-    let mut tracker = Rescanner::new(&node);
+    let node = Arc::new(open(global)?);
+    let mut rescanner = Rescanner::new(&node);
+    let mut follower = None;
     let mut watched = usize::MAX;
     loop {
-        let round = tracker.run_once(Duration::from_millis(500));
+        let wanted = node.config()?.probe_source == PROBES_KUBELET;
+        if wanted != follower.is_some() {
+            follower = wanted.then(|| follow_kubelet(global, &node)).transpose()?;
+        }
+        let round = rescanner.run_once(Duration::from_millis(500));
         if round.watched != watched || round.synced > 0 {
             watched = round.watched;
             match global.output {
@@ -419,4 +431,25 @@ fn watch(global: &Global) -> anyhow::Result<ExitCode> {
             }
         }
     }
+}
+
+/// Says whose probes are vouched for, whenever that changes.
+fn follow_kubelet(global: &Global, node: &Arc<Node>) -> anyhow::Result<kubelet::Follower> {
+    let output = global.output;
+    let names = kubelet::NAMES.map(str::to_owned).to_vec();
+    let tell = move |force| match (force, output) {
+        (kubelet::InForce::Processes { pids }, Format::Json) => {
+            println!("{}", json!({ "kubelet": pids }));
+        }
+        (kubelet::InForce::Processes { pids }, Format::Table) => {
+            println!("vouching for the kubelet, process {pids:?}");
+        }
+        (kubelet::InForce::Nobody { why }, Format::Json) => {
+            println!("{}", json!({ "kubelet": null, "why": why }));
+        }
+        (kubelet::InForce::Nobody { why }, Format::Table) => {
+            println!("vouching for nobody: {why}");
+        }
+    };
+    Ok(kubelet::Follower::start(Arc::clone(node), names, tell)?)
 }

@@ -2,18 +2,11 @@
 //!
 //! `culvert_connect` registers a listener when it opens. One that was open before is fetched from ztunnel's
 //! process with pidfd_getfd(2) and entered from here.
-#![expect(
-    unsafe_code,
-    reason = "pidfd_open(2) and pidfd_getfd(2), which nix does not wrap"
-)]
 
 use std::{
-    fs, io,
     net::IpAddr,
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
 };
 
 use culvert_ebpf::abi::{
@@ -25,54 +18,22 @@ use super::{
     error::{Error, Result},
     netns::{Guard, Netns},
     node::Node,
+    process::{self, Process},
+    procfs,
     sockdiag::{self, TcpSocket},
     sys,
 };
 
 /// Is it a process that can be named as ztunnel?
 pub fn check_process(pid: u32) -> Result<()> {
-    const OPERATION: &str = "name as ztunnel";
-    // The programs compare with the number the process has in the initial PID namespace; seen from another one
-    // the number given here would be somebody else's.
-    const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
-    let own = fs::metadata("/proc/self/ns/pid").map(|m| m.ino());
-    if own.is_ok_and(|inode| inode != INITIAL_PID_NAMESPACE) {
-        return Err(Error::wrong(
-            OPERATION,
-            format_args!("process {pid}"),
-            "this culvert runs in a PID namespace of its own, where process ids mean something else",
-            "run it in the host's PID namespace (hostPID)",
-        ));
-    }
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(|e| {
-        Error::system(OPERATION, format_args!("process {pid}"), e)
-            .cured_by("give the process id of a running ztunnel, as seen from here")
-    })?;
-    let tgid = status
-        .lines()
-        .find_map(|l| l.strip_prefix("Tgid:"))
-        .and_then(|v| v.trim().parse::<u32>().ok());
-    if tgid != Some(pid) {
-        return Err(Error::wrong(
-            OPERATION,
-            pid,
-            "this is a thread",
-            "give the process id of its leader",
-        ));
-    }
-    Ok(())
+    process::identify(pid, "").map(drop)
 }
 
 /// Says that a process (its thread group) may pass for ztunnel; forgets those that are gone.
 pub fn name_process(node: &Node, pid: u32) -> Result<()> {
-    check_process(pid)?;
+    let identity = process::identify(pid, "")?;
     let _lock = node.lock()?;
-    for known in node.maps().ztunnels.keys()? {
-        if !std::path::Path::new(&format!("/proc/{known}")).exists() {
-            node.maps().ztunnels.remove(&known)?;
-        }
-    }
-    node.maps().ztunnels.set(&pid, &1)
+    process::name(node, &node.maps().ztunnels, &identity).map(drop)
 }
 
 /// Which role a listening socket plays.
@@ -210,11 +171,7 @@ pub(super) fn free(guard: &Guard<'_>) -> Result<usize> {
     }
     let mut denied = None;
     // Rare, so a look through all processes is no matter of time.
-    let entries = fs::read_dir("/proc").map_err(|e| Error::system("read", "/proc", e))?;
-    let pids = entries
-        .flatten()
-        .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
-    for pid in pids {
+    for pid in procfs::processes(Path::new(procfs::PROC))? {
         if wanted.is_empty() {
             break;
         }
@@ -255,94 +212,4 @@ fn unbind(socket: &OwnedFd) -> Result<()> {
     let fail = |e: nix::Error| Error::system("free", "a listener of its mark and device", e.into());
     setsockopt(socket, sockopt::Mark, &0).map_err(fail)?;
     setsockopt(socket, sockopt::BindToDevice, &std::ffi::OsString::new()).map_err(fail)
-}
-
-/// A process whose descriptors can be copied.
-struct Process {
-    pid: u32,
-    pidfd: OwnedFd,
-}
-
-impl Process {
-    fn open(pid: u32) -> Result<Self> {
-        // SAFETY: plain numbers in, a new descriptor or an error out.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd = i32::try_from(fd).unwrap_or(-1);
-        if fd < 0 {
-            return Err(Error::system(
-                "open process",
-                pid,
-                io::Error::last_os_error(),
-            ));
-        }
-        // SAFETY: pidfd_open returned a descriptor that nobody else owns.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self { pid, pidfd })
-    }
-
-    /// A copy of the descriptor behind a socket's inode.
-    fn socket(&self, inode: u32) -> Result<Option<OwnedFd>> {
-        let dir = format!("/proc/{}/fd", self.pid);
-        let entries = match fs::read_dir(&dir) {
-            // Another user's, and listing it takes CAP_DAC_READ_SEARCH. Copying takes none but CAP_SYS_PTRACE.
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return self.search(inode),
-            entries => entries.map_err(|e| Error::system("read", &dir, e))?,
-        };
-        let wanted = format!("socket:[{inode}]");
-        for entry in entries.flatten() {
-            if !fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == wanted.as_str()) {
-                continue;
-            }
-            let Some(number) = entry
-                .file_name()
-                .to_str()
-                .and_then(|n| n.parse::<i32>().ok())
-            else {
-                continue;
-            };
-            // Closed since it was listed: then it is not there.
-            return self.copy(number);
-        }
-        Ok(None)
-    }
-
-    /// The same by trying every number.
-    fn search(&self, inode: u32) -> Result<Option<OwnedFd>> {
-        /// More descriptors than that no process has that we look into.
-        const MOST: i32 = 1 << 16;
-        let path = format!("/proc/{}/status", self.pid);
-        let status = fs::read_to_string(&path).map_err(|e| Error::system("read", &path, e))?;
-        let slots = status
-            .lines()
-            .find_map(|l| l.strip_prefix("FDSize:"))
-            .and_then(|v| v.trim().parse::<i32>().ok());
-        for number in 0..slots.unwrap_or(MOST).min(MOST) {
-            let Some(fd) = self.copy(number)? else {
-                continue;
-            };
-            let is_it = nix::sys::stat::fstat(&fd).is_ok_and(|stat| {
-                stat.st_ino == u64::from(inode) && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK
-            });
-            if is_it {
-                return Ok(Some(fd));
-            }
-        }
-        Ok(None)
-    }
-
-    /// A copy of one descriptor; none if there is none of that number.
-    fn copy(&self, number: i32) -> Result<Option<OwnedFd>> {
-        // SAFETY: our own pidfd, plain numbers, a new descriptor or an error out.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
-        let fd = i32::try_from(fd).unwrap_or(-1);
-        if fd < 0 {
-            let error = io::Error::last_os_error();
-            if error.raw_os_error() == Some(libc::EBADF) {
-                return Ok(None);
-            }
-            return Err(Error::system("copy a socket of process", self.pid, error));
-        }
-        // SAFETY: pidfd_getfd returned a descriptor that nobody else owns.
-        Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
 }

@@ -12,8 +12,8 @@ use std::{
 
 use culvert_ebpf::{
     abi::{
-        CidrKey, Config, Counters, Event, FourTuple, ListenerKey, Pod, PodAddr, PortKey, Record,
-        Role, RoleKey, maps,
+        CidrKey, Config, Counters, Event, FourTuple, ListenerKey, Named, PidNamespace, Pod,
+        PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey, maps,
     },
     addr::Addr,
 };
@@ -44,9 +44,13 @@ plain!(
     Event,
     FourTuple,
     ListenerKey,
+    Named,
+    PidNamespace,
     Pod,
     PodAddr,
     PortKey,
+    ProbeCounts,
+    ProcessKey,
     Record,
     Role,
     RoleKey,
@@ -128,6 +132,36 @@ impl<K: Plain, V: Plain> Map<K, V> {
     }
 }
 
+impl<K: Plain, V: Plain> Map<K, V> {
+    /// All CPUs' values of a key, of a map that has one for each.
+    fn get_per_cpu(&self, key: &K) -> Result<Option<Vec<V>>> {
+        let cpus = sys::possible_cpus().map_err(|e| self.error("count CPUs for", e))?;
+        let mut raw = vec![0; size_of::<V>() * cpus];
+        let found = sys::map_lookup(self.fd.as_fd(), sys::bytes_of(key), &mut raw)
+            .map_err(|e| self.error("read from", e))?;
+        let values = raw.chunks_exact(size_of::<V>());
+        Ok(found.then(|| values.filter_map(sys::from_bytes::<V>).collect()))
+    }
+}
+
+/// Connections from the node to enrolled pods: one value per CPU, summed here.
+#[derive(Debug)]
+pub struct ProbeCountMap(Map<u32, ProbeCounts>);
+
+impl ProbeCountMap {
+    /// Sum over all CPUs, since the maps were made.
+    pub fn get(&self) -> Result<ProbeCounts> {
+        let all = self.0.get_per_cpu(&0)?.unwrap_or_default();
+        Ok(all
+            .into_iter()
+            .fold(ProbeCounts::default(), |sum, one| ProbeCounts {
+                kubelet: sum.kubelet + one.kubelet,
+                node: sum.node + one.node,
+                not_vouched: sum.not_vouched + one.not_vouched,
+            }))
+    }
+}
+
 /// The counters: one value per CPU, summed here.
 #[derive(Debug)]
 pub struct CounterMap(Map<u64, Counters>);
@@ -135,18 +169,11 @@ pub struct CounterMap(Map<u64, Counters>);
 impl CounterMap {
     /// Sum over all CPUs.
     pub fn get(&self, cookie: u64) -> Result<Option<Counters>> {
-        let cpus = sys::possible_cpus().map_err(|e| self.0.error("count CPUs for", e))?;
-        let mut raw = vec![0; size_of::<Counters>() * cpus];
-        let found = sys::map_lookup(self.0.as_fd(), sys::bytes_of(&cookie), &mut raw)
-            .map_err(|e| self.0.error("read from", e))?;
-        if !found {
+        let Some(all) = self.0.get_per_cpu(&cookie)? else {
             return Ok(None);
-        }
+        };
         let mut sum = Counters { by_verdict: [0; _] };
-        for one in raw
-            .chunks_exact(size_of::<Counters>())
-            .filter_map(sys::from_bytes::<Counters>)
-        {
+        for one in all {
             for (total, n) in sum.by_verdict.iter_mut().zip(one.by_verdict) {
                 *total += n;
             }
@@ -195,7 +222,7 @@ pub struct Maps {
     /// Excluded ports.
     pub excluded_ports: Map<PortKey, u8>,
     /// Processes that may be ztunnel.
-    pub ztunnels: Map<u32, u8>,
+    pub ztunnels: Map<ProcessKey, Named>,
     /// Sockets they marked.
     pub ztunnel_sockets: OwnedFd,
     /// Decisions.
@@ -208,12 +235,42 @@ pub struct Maps {
     pub steer: Map<u32, u32>,
     /// Cookie on its way to that program.
     pub entering: OwnedFd,
+    /// Processes that may vouch for their connections.
+    pub vouchers: Map<ProcessKey, Named>,
+    /// Sockets they made.
+    pub voucher_sockets: OwnedFd,
+    /// PID namespaces processes are named by, by slot.
+    pub pid_namespaces: Map<u32, PidNamespace>,
+    /// Connections from the node to enrolled pods.
+    pub probe_counts: ProbeCountMap,
 }
 
 impl Maps {
     /// From descriptors in the order of [`maps::ALL`].
     pub fn from_fds(fds: [OwnedFd; maps::ALL.len()]) -> Self {
-        let [c, p, pa, pb, v, i, l, r, ec, ep, z, zs, co, ev, re, st, en] = fds;
+        let [
+            c,
+            p,
+            pa,
+            pb,
+            v,
+            i,
+            l,
+            r,
+            ec,
+            ep,
+            z,
+            zs,
+            co,
+            ev,
+            re,
+            st,
+            en,
+            vo,
+            vs,
+            pn,
+            pc,
+        ] = fds;
         Self {
             config: Map::new(maps::CONFIG, c),
             pods: Map::new(maps::PODS, p),
@@ -232,6 +289,10 @@ impl Maps {
             records: Map::new(maps::RECORDS, re),
             steer: Map::new(maps::STEER, st),
             entering: en,
+            vouchers: Map::new(maps::VOUCHERS, vo),
+            voucher_sockets: vs,
+            pid_namespaces: Map::new(maps::PID_NAMESPACES, pn),
+            probe_counts: ProbeCountMap(Map::new(maps::PROBE_COUNTS, pc)),
         }
     }
 
@@ -255,6 +316,10 @@ impl Maps {
             (maps::RECORDS, self.records.as_fd()),
             (maps::STEER, self.steer.as_fd()),
             (maps::ENTERING, self.entering.as_fd()),
+            (maps::VOUCHERS, self.vouchers.as_fd()),
+            (maps::VOUCHER_SOCKETS, self.voucher_sockets.as_fd()),
+            (maps::PID_NAMESPACES, self.pid_namespaces.as_fd()),
+            (maps::PROBE_COUNTS, self.probe_counts.0.as_fd()),
         ]
     }
 }

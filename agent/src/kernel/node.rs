@@ -20,7 +20,7 @@ use super::{
     error::{Error, Result},
     maps::Maps,
     netns::Netns,
-    object::{self, ATTACH_SETSOCKOPT, ATTACH_SOCK_OPS, Programs},
+    object::{self, ATTACH_SETSOCKOPT, ATTACH_SOCK_CREATE, ATTACH_SOCK_OPS, Programs},
     pins::{self, Lock, Pins},
     preflight, sys,
 };
@@ -266,6 +266,9 @@ impl Node {
         report
             .programs
             .push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, cgroup, current)?);
+        report
+            .programs
+            .push(node.attach(names::VOUCH, ATTACH_SOCK_CREATE, cgroup, current)?);
         report.programs.push(node.check_enter()?);
         let wanted = Config {
             object_id: object::id(),
@@ -333,11 +336,7 @@ impl Node {
             return report(name, &prog, ProgramAction::Kept, None);
         }
         let started = Instant::now();
-        let prog = if kind == ATTACH_SOCK_OPS {
-            self.programs.load_connect()?
-        } else {
-            self.programs.load_sockopt()?
-        };
+        let prog = self.programs.load_node(name)?;
         let took = started.elapsed();
         let mut action = ProgramAction::Loaded;
         let same_place = |link: &OwnedFd| {
@@ -380,7 +379,7 @@ impl Node {
             return report(names::STEER, &prog, ProgramAction::Kept, None);
         }
         let started = Instant::now();
-        let prog = self.programs.load_steer()?;
+        let prog = self.programs.load_node(names::STEER)?;
         let took = started.elapsed();
         self.maps.steer.set(&0, &prog.as_raw_fd().unsigned_abs())?;
         let action = if existing.is_some() {
@@ -448,6 +447,7 @@ fn report(
         kind: match name {
             names::CONNECT => "sock_ops",
             names::SOCKOPT => "cgroup/setsockopt",
+            names::VOUCH => "cgroup/sock_create",
             _ => "sk_lookup",
         },
         action,

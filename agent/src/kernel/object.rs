@@ -16,6 +16,7 @@ use culvert_ebpf::abi::{self, maps as map_names, programs};
 use super::{
     error::{Error, Result},
     maps::Maps,
+    preflight,
     sys::{self, MapSpec},
 };
 
@@ -34,6 +35,8 @@ pub enum Kind {
     SockOps,
     /// BPF_PROG_TYPE_CGROUP_SOCKOPT, on setsockopt.
     Sockopt,
+    /// BPF_PROG_TYPE_CGROUP_SOCK, on socket(2).
+    Sock,
     /// BPF_PROG_TYPE_SK_LOOKUP.
     SkLookup,
 }
@@ -45,11 +48,14 @@ impl Kind {
         match self {
             Self::SockOps => (13, ATTACH_SOCK_OPS),
             Self::Sockopt => (25, ATTACH_SETSOCKOPT),
+            Self::Sock => (9, ATTACH_SOCK_CREATE),
             Self::SkLookup => (30, ATTACH_SK_LOOKUP),
         }
     }
 }
 
+/// Where programs attach that see sockets made.
+pub const ATTACH_SOCK_CREATE: u32 = 2;
 /// Where sock_ops programs attach.
 pub const ATTACH_SOCK_OPS: u32 = 3;
 /// Where setsockopt programs attach.
@@ -73,17 +79,19 @@ struct Template {
 pub struct Programs {
     connect: Template,
     sockopt: Template,
+    vouch: Template,
     steer: Template,
     enter: Template,
     /// Where in `enter` the cookie stands.
     cookie_at: Vec<usize>,
 }
 
-/// Identity of the embedded object: pins of another one are replaced.
+/// Identity of the embedded object, as it is loaded into this kernel: pins of another one are replaced.
 #[must_use]
 pub fn id() -> u64 {
     let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
     hasher.write(OBJECT);
+    hasher.write(&[u8::from(preflight::tells_any_pid_namespace())]);
     hasher.finish()
 }
 
@@ -223,41 +231,40 @@ impl Programs {
             })
         };
         let enter = template(programs::ENTER, Kind::SkLookup)?;
-        let cookie_at = placeholders(&enter.insns);
+        let cookie_at = placeholders(&enter.insns, abi::COOKIE_PLACEHOLDER);
         if cookie_at.is_empty() {
             return Err(broken("culvert_enter has no place for the pod's cookie"));
         }
         Ok(Self {
             connect: template(programs::CONNECT, Kind::SockOps)?,
             sockopt: template(programs::SOCKOPT, Kind::Sockopt)?,
+            vouch: template(programs::VOUCH, Kind::Sock)?,
             steer: template(programs::STEER, Kind::SkLookup)?,
             enter,
             cookie_at,
         })
     }
 
-    /// Loads `culvert_connect`.
-    pub fn load_connect(&self) -> Result<OwnedFd> {
-        load(&self.connect, &self.connect.insns)
-    }
-
-    /// Loads `culvert_sockopt`.
-    pub fn load_sockopt(&self) -> Result<OwnedFd> {
-        load(&self.sockopt, &self.sockopt.insns)
-    }
-
-    /// Loads `culvert_steer`.
-    pub fn load_steer(&self) -> Result<OwnedFd> {
-        load(&self.steer, &self.steer.insns)
+    /// Loads a program of the node: any but `culvert_enter`.
+    pub fn load_node(&self, name: &str) -> Result<OwnedFd> {
+        let all = [&self.connect, &self.sockopt, &self.vouch, &self.steer];
+        let template = all
+            .into_iter()
+            .find(|t| t.name == name)
+            .ok_or_else(|| broken(format!("program {name} is none of the node's")))?;
+        let mut insns = template.insns.clone();
+        let any = u64::from(preflight::tells_any_pid_namespace());
+        for at in placeholders(&insns, abi::PIDNS_PLACEHOLDER) {
+            replace(&mut insns, at, any);
+        }
+        load(template, &insns)
     }
 
     /// Loads the `culvert_enter` of one pod.
     pub fn load_enter(&self, cookie: u64) -> Result<OwnedFd> {
         let mut insns = self.enter.insns.clone();
         for at in &self.cookie_at {
-            let (low, high) = halves(cookie);
-            insns[*at].imm = low;
-            insns[*at + 1].imm = high;
+            replace(&mut insns, *at, cookie);
         }
         load(&self.enter, &insns)
     }
@@ -272,9 +279,16 @@ fn halves(value: u64) -> (i32, i32) {
     )
 }
 
-fn placeholders(insns: &[bpf_insn]) -> Vec<usize> {
+fn replace(insns: &mut [bpf_insn], at: usize, value: u64) {
+    let (low, high) = halves(value);
+    insns[at].imm = low;
+    insns[at + 1].imm = high;
+}
+
+/// Where a constant is loaded that stands for something the loader knows.
+fn placeholders(insns: &[bpf_insn], constant: u64) -> Vec<usize> {
     const LD_IMM_DW: u8 = 0x18;
-    let (low, high) = halves(abi::COOKIE_PLACEHOLDER);
+    let (low, high) = halves(constant);
     insns
         .windows(2)
         .enumerate()
@@ -318,6 +332,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn programs_that_ask_for_the_process_have_a_place_for_what_the_kernel_can_tell() {
+        let object = parse().unwrap();
+        for name in [programs::SOCKOPT, programs::VOUCH] {
+            let function = &object.functions[&object.programs[name].function_key()];
+            let found = placeholders(&function.instructions, abi::PIDNS_PLACEHOLDER);
+            assert!(!found.is_empty(), "{name}");
+        }
+    }
+
+    #[test]
     fn the_object_has_every_map_in_the_size_of_its_type() {
         let specs: HashMap<_, _> = map_specs().unwrap().into_iter().collect();
         assert_eq!(
@@ -344,5 +368,9 @@ mod tests {
             specs[map_names::RECORDS].value_size as usize,
             size_of::<abi::Record>()
         );
+        for name in [map_names::ZTUNNELS, map_names::VOUCHERS] {
+            assert_eq!(specs[name].key_size as usize, size_of::<abi::ProcessKey>());
+            assert_eq!(specs[name].value_size as usize, size_of::<abi::Named>());
+        }
     }
 }

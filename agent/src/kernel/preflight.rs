@@ -3,7 +3,7 @@
 //! Features are tried, never read from a version number: each probe is a program of a few instructions that
 //! calls one helper or reads one field.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, path::Path, sync::OnceLock};
 
 use aya_obj::generated::bpf_insn;
 use serde::Serialize;
@@ -112,6 +112,8 @@ const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> bpf_insn {
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const MOV_IMM: u8 = 0xb7;
+const MOV_REG: u8 = 0xbf;
+const ADD_IMM: u8 = 0x07;
 const LOAD_W: u8 = 0x61;
 
 /// `helper(ctx); return 1`.
@@ -121,6 +123,38 @@ const fn calls(helper: i32) -> [bpf_insn; 3] {
         insn(MOV_IMM, 0, 0, 0, 1),
         insn(EXIT, 0, 0, 0, 0),
     ]
+}
+
+/// `bpf_get_ns_current_pid_tgid(0, 0, stack, 8); return 1`.
+const ASKS_PID_NAMESPACE: [bpf_insn; 8] = [
+    insn(MOV_REG, 3, 10, 0, 0),
+    insn(ADD_IMM, 3, 0, 0, -8),
+    insn(MOV_IMM, 1, 0, 0, 0),
+    insn(MOV_IMM, 2, 0, 0, 0),
+    insn(MOV_IMM, 4, 0, 0, 8),
+    insn(CALL, 0, 0, 0, 120),
+    insn(MOV_IMM, 0, 0, 0, 1),
+    insn(EXIT, 0, 0, 0, 0),
+];
+
+/// Can programs ask for a process's id in any PID namespace, not only in the initial one? Tried once.
+pub(super) fn tells_any_pid_namespace() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        [object::Kind::Sockopt, object::Kind::Sock]
+            .into_iter()
+            .all(|kind| {
+                let (prog_type, attach_type) = kind.numbers();
+                sys::prog_load(
+                    "culvert_probe",
+                    prog_type,
+                    attach_type,
+                    &ASKS_PID_NAMESPACE,
+                    None,
+                )
+                .is_ok()
+            })
+    })
 }
 
 const UNTRIED: &str = "cannot be tried without CAP_SYS_ADMIN and CAP_NET_ADMIN";
@@ -180,6 +214,12 @@ fn features() -> Vec<Check> {
         probe(
             "process id in setsockopt hooks",
             object::Kind::Sockopt,
+            &calls(GET_CURRENT_PID_TGID),
+            newer("6.1"),
+        ),
+        probe(
+            "process id in socket hooks",
+            object::Kind::Sock,
             &calls(GET_CURRENT_PID_TGID),
             newer("6.1"),
         ),

@@ -25,7 +25,7 @@ use super::{
     netlink::{Heard, Rtnetlink},
     netns::{Netns, NetnsCookie},
     node::Node,
-    pod, sysctl,
+    pod, process, sysctl,
 };
 
 /// What happened to a pod under watch.
@@ -226,6 +226,10 @@ impl Watchlist {
         if now >= self.next_slice {
             self.next_slice = now + SYSCTL_SLICE;
             self.look_at_sysctls(node, tell);
+            // Nobody tells of the end of a process either, and its id may be another's a moment later.
+            if let Err(error) = process::forget_gone(node) {
+                tracing::warn!(%error, "looking for named processes that are gone");
+            }
         }
     }
 

@@ -18,7 +18,7 @@ use super::{
     netlink::Rtnetlink,
     netns::{Netns, NetnsCookie},
     node::Node,
-    object::{ATTACH_SETSOCKOPT, ATTACH_SOCK_OPS},
+    object::{ATTACH_SETSOCKOPT, ATTACH_SOCK_CREATE, ATTACH_SOCK_OPS},
     pod, sys, sysctl,
 };
 use crate::plan::netns::{self as plan, Observed, Step};
@@ -90,6 +90,7 @@ pub fn verify_programs(node: &Node) -> Result<Vec<Problem>> {
     for (name, kind) in [
         (programs::CONNECT, ATTACH_SOCK_OPS),
         (programs::SOCKOPT, ATTACH_SETSOCKOPT),
+        (programs::VOUCH, ATTACH_SOCK_CREATE),
     ] {
         let info = sys::obj_get(&node.pins().link(name))
             .and_then(|link| sys::cgroup_link_info(link.as_fd()));

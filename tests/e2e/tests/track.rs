@@ -23,6 +23,9 @@ use culvert_lab::{Family, Lab, Ns, Route, Rule, RuleAction};
 /// Sysctls are read in turn; this is the most that a round of them may take, and then some for a busy machine.
 const A_ROUND: Duration = Duration::from_secs(5 + 5);
 
+/// Attached to the cgroup, each by a link of its own.
+const NODE_PROGRAMS: [&str; 3] = ["culvert_connect", "culvert_sockopt", "culvert_vouch"];
+
 fn load(lab: &Lab) -> Arc<Node> {
     let options = LoadOptions {
         bpffs: lab.bpffs().to_path_buf(),
@@ -305,7 +308,7 @@ fn what_is_missing_is_found_and_named() {
     assert_eq!(quick(), Vec::new());
 
     // The node's programs.
-    for name in ["culvert_connect", "culvert_sockopt"] {
+    for name in NODE_PROGRAMS {
         let pin = lab.bpffs().join("links").join(name);
         let away = lab.bpffs().join("links/away");
         std::fs::rename(&pin, &away).unwrap();
@@ -320,7 +323,7 @@ fn what_is_missing_is_found_and_named() {
     // Attached, but not to what this node is served by.
     let other = Lab::new("verifyother").unwrap();
     let away = load(&other);
-    let links: Vec<PathBuf> = ["culvert_connect", "culvert_sockopt"]
+    let links: Vec<PathBuf> = NODE_PROGRAMS
         .iter()
         .map(|name| other.bpffs().join("links").join(name))
         .collect();
@@ -332,14 +335,10 @@ fn what_is_missing_is_found_and_named() {
     drop(away);
     let found = quick();
     let texts: Vec<&str> = found.iter().map(|p| p.what.as_str()).collect();
-    assert!(
-        texts
-            .iter()
-            .filter(|t| t.contains("its cgroup does not run it"))
-            .count()
-            == 2,
-        "{texts:?}"
-    );
+    let elsewhere = texts
+        .iter()
+        .filter(|t| t.contains("its cgroup does not run it"));
+    assert_eq!(elsewhere.count(), NODE_PROGRAMS.len(), "{texts:?}");
     drop(load(&lab));
     assert_eq!(quick(), Vec::new());
 }

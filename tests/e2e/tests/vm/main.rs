@@ -46,7 +46,8 @@ fn load_is_verified_pinned_repeatable_and_undone() {
             "culvert_connect",
             "culvert_enter",
             "culvert_sockopt",
-            "culvert_steer"
+            "culvert_steer",
+            "culvert_vouch"
         ]
     );
     for program in programs {
