@@ -44,7 +44,7 @@ pub const NEEDED: &[Need] = &[
     },
     Need {
         name: "CAP_SYS_PTRACE",
-        why: "opening the namespaces of other users' processes, copying ztunnel's and applications' listeners",
+        why: "opening the namespaces and finding the executables of other users' processes, copying ztunnel's and applications' listeners",
         capability: Capability::CAP_SYS_PTRACE,
     },
     Need {
