@@ -105,7 +105,7 @@ fn uninstalling_gives_back_the_same_bytes() {
             assert!(scratch.settle(&installer) > 0, "{fixture}");
             assert!(scratch.picture().contains_key("bin/culvert-cni"));
             let plan = installer.plan_uninstall().unwrap();
-            installer.apply_all(&plan).unwrap();
+            installer.apply(&plan).unwrap();
             assert_eq!(scratch.picture(), before, "{fixture} {mode:?}");
             assert!(installer.plan_uninstall().unwrap().operations.is_empty());
         }

@@ -130,7 +130,17 @@ fn a_link_stays_a_link_and_its_file_is_written() {
     fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
     symlink("../image/real", scratch.conf("10-a.conflist")).unwrap();
     let installer = scratch.installer(Mode::Chained);
+    let changed = || {
+        let metadata = fs::metadata(scratch.root.join("net.d")).unwrap();
+        (metadata.mtime(), metadata.mtime_nsec())
+    };
+    let before = changed();
     scratch.settle(&installer);
+    assert_ne!(
+        changed(),
+        before,
+        "runtimes look at their directory alone, and must notice"
+    );
     assert_eq!(
         fs::read_link(scratch.conf("10-a.conflist"))
             .unwrap()
@@ -139,9 +149,7 @@ fn a_link_stays_a_link_and_its_file_is_written() {
     );
     assert!(fs::read_to_string(&real).unwrap().contains("culvert-cni"));
     assert_eq!(fs::metadata(&real).unwrap().mode() & 0o777, 0o640);
-    installer
-        .apply_all(&installer.plan_uninstall().unwrap())
-        .unwrap();
+    installer.uninstall().unwrap();
     assert_eq!(fs::read_to_string(&real).unwrap(), LIST);
 }
 
@@ -155,9 +163,7 @@ fn a_lone_configuration_behind_a_link_comes_back_as_a_link() {
     scratch.settle(&installer);
     assert!(scratch.conf("10-a.conf").symlink_metadata().is_err());
     assert!(scratch.read("10-a.conflist").contains("culvert-cni"));
-    installer
-        .apply_all(&installer.plan_uninstall().unwrap())
-        .unwrap();
+    installer.uninstall().unwrap();
     assert_eq!(
         fs::read_link(scratch.conf("10-a.conf")).unwrap().to_str(),
         Some("../image/real")
@@ -328,7 +334,7 @@ fn newer_and_older_replace_each_other() {
             .unwrap()
             .contains("one")
     );
-    older.apply_all(&older.plan_uninstall().unwrap()).unwrap();
+    older.uninstall().unwrap();
     assert_eq!(scratch.read("10-a.conflist"), LIST);
 }
 
@@ -347,9 +353,7 @@ fn what_cilium_put_aside_is_cleaned_up() {
     let chained = LIST.replace("]", ",{\"type\":\"culvert-cni\"}]");
     scratch.put("10-a.conflist.cilium_bak", chained);
     scratch.settle(&installer);
-    installer
-        .apply_all(&installer.plan_uninstall().unwrap())
-        .unwrap();
+    installer.uninstall().unwrap();
     assert_eq!(scratch.read("10-a.conflist.cilium_bak"), LIST);
 }
 
@@ -365,9 +369,7 @@ fn a_lone_file_written_again_is_wrapped_again() {
     assert!(!scratch.conf("10-a.conf").exists());
     assert!(scratch.read("10-a.conflist").contains("newer"));
     // A list of theirs of the name we would take is not overwritten.
-    installer
-        .apply_all(&installer.plan_uninstall().unwrap())
-        .unwrap();
+    installer.uninstall().unwrap();
     assert_eq!(scratch.read("10-a.conf"), new);
     scratch.put("10-a.conflist", OTHER);
     scratch.settle(&installer);
@@ -412,15 +414,13 @@ fn every_step_alone_leaves_a_configuration_that_counts() {
             // The way back, stopped at every step as well.
             let mut plan = installer.plan_uninstall().unwrap();
             plan.operations.truncate(done);
-            installer.apply_all(&plan).unwrap();
+            installer.apply(&plan).unwrap();
             let files = active::scan(&scratch.root.join("net.d")).unwrap();
             assert!(
                 active::find(&files, None).file.is_some(),
                 "{fixture} back {done}"
             );
-            installer
-                .apply_all(&installer.plan_uninstall().unwrap())
-                .unwrap();
+            installer.uninstall().unwrap();
             assert_eq!(scratch.picture(), before, "{fixture} {done}");
         }
     }
@@ -471,4 +471,21 @@ fn a_read_only_directory_names_its_mount() {
         "{text}"
     );
     assert!(!error.retryable());
+}
+
+#[test]
+fn what_somebody_else_wrote_for_our_plugin_stays() {
+    let scratch = Scratch::new("foreign-lone");
+    let lone = LONE.replace("bridge", "culvert-cni");
+    scratch.put("05-nad.conf", &lone);
+    scratch.put("10-a.conflist", LIST);
+    let installer = scratch.installer(Mode::Auto);
+    assert_eq!(
+        installer.plan().unwrap().active.as_deref(),
+        Some("10-a.conflist")
+    );
+    scratch.settle(&installer);
+    installer.uninstall().unwrap();
+    assert_eq!(scratch.read("05-nad.conf"), lone);
+    assert_eq!(scratch.read("10-a.conflist"), LIST);
 }

@@ -243,9 +243,8 @@ fn show(global: &Global, plan: &Plan, dry_run: bool) -> anyhow::Result<()> {
 
 pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result<ExitCode> {
     let installer = Installer::new(args.place.options());
-    let plan = installer.plan_uninstall()?;
     if args.dry_run {
-        show(global, &plan, true)?;
+        show(global, &installer.plan_uninstall()?, true)?;
         return Ok(ExitCode::SUCCESS);
     }
     anyhow::ensure!(
@@ -255,11 +254,11 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result
          wait for that",
         args.socket.display()
     );
-    let mut failed: Vec<anyhow::Error> = match installer.apply_all(&plan) {
-        Ok(()) => Vec::new(),
-        Err(errors) => errors.into_iter().map(Into::into).collect(),
-    };
-    show(global, &plan, false)?;
+    let mut failed: Vec<anyhow::Error> = Vec::new();
+    match installer.uninstall() {
+        Ok(plan) => show(global, &plan, false)?,
+        Err(errors) => failed.extend(errors.into_iter().map(Into::into)),
+    }
     // New pods have to stop coming first.
     if args.unenrol_pods && failed.is_empty() {
         failed.extend(unenrol(global, Duration::from_secs(args.wait))?);

@@ -246,10 +246,10 @@ fn usable(file: &File) -> Result<(), String> {
             .is_some_and(|s| !s.is_empty())
     };
     if !conflist::is_list(&file.name) {
-        return if filled(&value, "type") {
-            Ok(())
-        } else {
-            Err("it has no `type`".to_owned())
+        return match value.get("type").and_then(Value::as_str) {
+            None | Some("") => Err("it has no `type`".to_owned()),
+            Some(PLUGIN) => Err("it is our plugin alone".to_owned()),
+            Some(_) => Ok(()),
         };
     }
     let plugins = value.get("plugins").and_then(Value::as_array);

@@ -215,7 +215,7 @@ impl<'a> Conf<'a> {
             None => json::whole(self.text),
         };
         let entry: Entry = serde_json::from_str(self.text.get(at)?).ok()?;
-        let origin = entry.get(ORIGIN).and_then(|o| Origin::deserialize(o).ok());
+        let origin = origin(entry.get(ORIGIN));
         Some((entry, origin))
     }
 
@@ -351,7 +351,9 @@ pub fn release(name: &str, bytes: &[u8]) -> Result<Released, Error> {
     let (text, value) = read(bytes)?;
     let list = is_list(name.strip_suffix(".cilium_bak").unwrap_or(name));
     if !list {
-        let ours = value.get("type").and_then(Value::as_str) == Some(PLUGIN);
+        // One that somebody else wrote for our plugin is not ours to remove.
+        let ours = value.get("type").and_then(Value::as_str) == Some(PLUGIN)
+            && origin(value.get(ORIGIN)) == Some(Origin::Standalone);
         return Ok(if ours {
             Released::Nothing
         } else {
@@ -389,6 +391,11 @@ pub fn release(name: &str, bytes: &[u8]) -> Result<Released, Error> {
         }
     }
     Ok(Released::Edited(text))
+}
+
+/// What an entry says of its origin; of what a later release says, nothing is known.
+fn origin(noted: Option<&Value>) -> Option<Origin> {
+    Origin::deserialize(noted?).ok()
 }
 
 /// The text and its top object.

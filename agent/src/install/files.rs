@@ -252,6 +252,11 @@ fn is_stale(path: &Path) -> bool {
     File::open(path).is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok())
 }
 
+/// Makes and removes a file in `dir`, for those who wait for something to happen there.
+pub(super) fn ripple(dir: &Path) -> Result<(), Error> {
+    temp(&dir.join("any")).map(drop)
+}
+
 /// The rename itself must survive a power cut.
 fn sync_directory(path: &Path) -> Result<(), Error> {
     let dir = directory(path);

@@ -82,25 +82,58 @@ impl Installer {
 
     /// Carries out a plan, in its order, up to the first failure.
     pub fn apply(&self, plan: &Plan) -> Result<(), Error> {
-        plan.operations.iter().try_for_each(carry_out)
+        plan.operations.iter().try_for_each(carry_out)?;
+        self.make_noticed(plan)
     }
 
-    /// Carries out what can be of a plan: one file that cannot be changed does not keep the others.
+    /// Takes everything away. One file that cannot be changed does not keep the others. Where a [`Installer::watch`] still
+    /// runs, it puts everything back.
     ///
     /// # Errors
     ///
     /// All that failed.
-    pub fn apply_all(&self, plan: &Plan) -> Result<(), Vec<Error>> {
-        let failed: Vec<Error> = plan
-            .operations
-            .iter()
-            .filter_map(|o| carry_out(o).err())
-            .collect();
-        if failed.is_empty() {
-            Ok(())
-        } else {
-            Err(failed)
+    pub fn uninstall(&self) -> Result<Plan, Vec<Error>> {
+        let mut done = Plan::default();
+        for attempt in 1.. {
+            let plan = self.plan_uninstall().map_err(|e| vec![e])?;
+            let mut failed: Vec<Error> = plan
+                .operations
+                .iter()
+                .filter_map(|o| carry_out(o).err())
+                .collect();
+            failed.extend(self.make_noticed(&plan).err());
+            done.notes.clone_from(&plan.notes);
+            done.operations.extend(plan.operations);
+            // Somebody wrote a file since it was read: the change has to be worked out anew.
+            let changed = failed.iter().any(|e| matches!(e.cause, Cause::Changed));
+            if changed && attempt < 10 {
+                continue;
+            }
+            return if failed.is_empty() {
+                Ok(done)
+            } else {
+                Err(failed)
+            };
         }
+        Ok(done)
+    }
+
+    /// Runtimes look at their directory alone: what changed behind a link to elsewhere they would not notice. A file that
+    /// comes and goes makes them read all of it again.
+    fn make_noticed(&self, plan: &Plan) -> Result<(), Error> {
+        let Ok(dir) = self.options.conf_dir.canonicalize() else {
+            return Ok(());
+        };
+        let elsewhere = |o: &Operation| match o {
+            Operation::Write { path, .. } => {
+                path.parent().and_then(|p| p.canonicalize().ok()) != Some(dir.clone())
+            }
+            _ => false,
+        };
+        if plan.operations.iter().any(elsewhere) {
+            files::ripple(&dir)?;
+        }
+        Ok(())
     }
 
     fn is_program(&self, wanted: &Path, there: &Path) -> Result<bool, Error> {

@@ -24,6 +24,8 @@ const PERIOD: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(20);
 /// But a writer that never rests must not keep us from mending.
 const RESTLESS: Duration = Duration::from_millis(200);
+/// In a fight each turn costs both sides a flushed disk: less often, but still within the second.
+const FIGHT: Duration = Duration::from_millis(300);
 /// As long as the file that counted is there but broken, it may be in the middle of being written.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// Our lists whose original is gone stay this long: its owner may only be replacing it.
@@ -122,6 +124,8 @@ struct Memory {
     orphaned_since: Option<Instant>,
     mended: VecDeque<Instant>,
     by: String,
+    /// What was last logged, so that it is not every few seconds.
+    said: String,
 }
 
 impl Installer {
@@ -159,7 +163,7 @@ impl Installer {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(next) => {}
-                () = wake.notified() => settle(&wake).await,
+                () = wake.notified() => settle(&wake, if memory.is_contested() { FIGHT } else { QUIET }).await,
             }
         }
     }
@@ -260,9 +264,9 @@ fn link_target(path: &Path) -> Option<PathBuf> {
 }
 
 /// Waits until whoever is writing has finished, but not forever.
-async fn settle(wake: &Notify) {
-    let _ = tokio::time::timeout(RESTLESS, async {
-        while tokio::time::timeout(QUIET, wake.notified()).await.is_ok() {}
+async fn settle(wake: &Notify, quiet: Duration) {
+    let _ = tokio::time::timeout(RESTLESS.max(quiet), async {
+        while tokio::time::timeout(quiet, wake.notified()).await.is_ok() {}
     })
     .await;
 }
@@ -313,7 +317,11 @@ impl Memory {
                 return if orphans { ORPHAN / 4 } else { PERIOD };
             }
             Outcome::Failed(error) => {
-                tracing::warn!(%error, "the CNI plugin is not in place");
+                let text = error.to_string();
+                if self.said != text {
+                    tracing::warn!(%error, "the CNI plugin is not in place");
+                    self.said.clone_from(&text);
+                }
                 let plugin = error.path.starts_with(bin_dir);
                 tell(&mut |s| {
                     if plugin {
@@ -322,7 +330,7 @@ impl Memory {
                         s.configuration_failures += 1;
                     }
                     s.state = State::Failed {
-                        error: error.to_string(),
+                        error: text.clone(),
                     };
                 });
             }
@@ -330,7 +338,10 @@ impl Memory {
                 let again = std::mem::replace(&mut self.was_installed, true);
                 if again {
                     self.mended.push_back(now);
-                    tracing::warn!(%by, file = %entry_in.display(), "the CNI plugin's place was undone; put back");
+                    // In a fight, the state says it once.
+                    if !self.is_contested() {
+                        tracing::warn!(%by, file = %entry_in.display(), "the CNI plugin's place was undone; put back");
+                    }
                     self.by = by;
                 } else {
                     tracing::info!(file = %entry_in.display(), "the CNI plugin is installed");
@@ -344,6 +355,7 @@ impl Memory {
             }
             Outcome::InPlace(entry_in) => {
                 self.was_installed = true;
+                self.said.clear();
                 let state = self.state(entry_in);
                 tell(&mut |s| s.state = state.clone());
             }
@@ -351,8 +363,12 @@ impl Memory {
         PERIOD
     }
 
+    fn is_contested(&self) -> bool {
+        self.mended.len() > CONTESTED
+    }
+
     fn state(&self, entry_in: PathBuf) -> State {
-        if self.mended.len() > CONTESTED {
+        if self.is_contested() {
             State::Contested {
                 by: self.by.clone(),
             }
