@@ -97,6 +97,7 @@ const CONNECT: [Row<Connect>; 7] = [
 
 struct Steer {
     loopback: bool,
+    v4: bool,
     port: u16,
     f: Answers,
 }
@@ -106,15 +107,19 @@ impl Steer {
     fn turned(&self) -> bool {
         self.f.on_lo || self.f.source_own && self.f.announced
     }
+
+    /// One that asks a resolver whose lookups are captured.
+    fn asks(&self) -> bool {
+        let own_side_only = self.f.source_own && !self.f.destination_own;
+        self.turned() && own_side_only && self.port == 53 && self.f.dns
+    }
 }
 
-const STEER: [Row<Steer>; 11] = [
+const STEER: [Row<Steer>; 12] = [
     (|s| s.loopback, Verdict::PassLoopback),
     (|s| s.f.on_virtual && !s.f.destination_own, Verdict::Virtual),
-    (
-        |s| s.turned() && s.f.source_own && !s.f.destination_own && s.port == 53 && s.f.dns,
-        Verdict::Dns,
-    ),
+    (|s| s.asks() && s.v4, Verdict::DnsTcp4),
+    (|s| s.asks(), Verdict::DnsTcp6),
     (|s| s.turned() && !s.f.destination_own, Verdict::Outbound),
     (|s| !s.f.destination_own, Verdict::UnknownDestination),
     (|s| s.f.on_lo || s.f.source_own, Verdict::PassHome),
@@ -174,7 +179,8 @@ proptest! {
     #[test]
     fn steer_says_what_its_table_says(dst in address(), port in port(), f in answers()) {
         let loopback = dst.to_canonical().is_loopback();
-        prop_assert_eq!(Some(decide::steer(&Addr::from(dst), port, &f)), model(&STEER, &Steer { loopback, port, f }));
+        let v4 = dst.to_canonical().is_ipv4();
+        prop_assert_eq!(Some(decide::steer(&Addr::from(dst), port, &f)), model(&STEER, &Steer { loopback, v4, port, f }));
     }
 
     #[test]

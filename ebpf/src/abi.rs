@@ -99,8 +99,12 @@ pub mod maps {
     pub const PID_NAMESPACES: &str = "PID_NAMESPACES";
     /// [`ProbeCounts`](super::ProbeCounts), one entry, per CPU.
     pub const PROBE_COUNTS: &str = "PROBE_COUNTS";
+    /// [`PodAddr`](super::PodAddr) to nothing: the resolvers whose lookups are captured, where not all are.
+    pub const RESOLVERS: &str = "RESOLVERS";
+    /// Socket storage: [`Asked`](super::Asked), on datagram sockets whose lookups went to ztunnel.
+    pub const ASKED: &str = "ASKED";
     /// All of them, in the order they are created.
-    pub const ALL: [&str; 21] = [
+    pub const ALL: [&str; 23] = [
         CONFIG,
         PODS,
         POD_ADDRS,
@@ -122,6 +126,8 @@ pub mod maps {
         VOUCHER_SOCKETS,
         PID_NAMESPACES,
         PROBE_COUNTS,
+        RESOLVERS,
+        ASKED,
     ];
 }
 
@@ -137,6 +143,18 @@ pub mod programs {
     pub const ENTER: &str = "culvert_enter";
     /// sk_lookup, one for the node: where a SYN goes.
     pub const STEER: &str = "culvert_steer";
+    /// cgroup socket address hooks, attached together: DNS over UDP to ztunnel and back. Each with the kernel's
+    /// number of its attach point.
+    pub const DNS: [(&str, u32); 8] = [
+        ("culvert_dns_recvmsg4", 19),
+        ("culvert_dns_recvmsg6", 20),
+        ("culvert_dns_getpeername4", 29),
+        ("culvert_dns_getpeername6", 30),
+        ("culvert_dns_sendmsg4", 14),
+        ("culvert_dns_sendmsg6", 15),
+        ("culvert_dns_connect4", 10),
+        ("culvert_dns_connect6", 11),
+    ];
 }
 
 /// Stands in `culvert_enter`'s instructions for the pod's netns cookie, which sk_lookup programs cannot
@@ -249,7 +267,7 @@ pub const MAX_ANSWERING: usize = 8;
 
 /// Bits of [`Pod::flags`].
 pub mod pod_flags {
-    /// TCP port 53 goes to ztunnel's DNS listener.
+    /// Lookups (port 53, TCP and UDP) go to ztunnel's DNS listener.
     pub const DNS: u32 = 1;
     /// Inbound plaintext is not steered.
     pub const BYPASS_INBOUND: u32 = 1 << 1;
@@ -267,6 +285,8 @@ pub mod pod_flags {
     pub const MULTI_INTERFACE: u32 = 1 << 7;
     /// Refuse new connections whatever the grace says.
     pub const REFUSE: u32 = 1 << 8;
+    /// With [`DNS`]: only lookups that ask a resolver of `RESOLVERS`.
+    pub const DNS_LISTED: u32 = 1 << 9;
 }
 
 /// Key of `POD_ADDRS`.
@@ -401,7 +421,7 @@ pub struct PortKey {
 const _: () = assert!(size_of::<PortKey>() == 16);
 
 /// Room for verdicts in [`Counters`].
-pub const COUNTER_SLOTS: usize = 32;
+pub const COUNTER_SLOTS: usize = 48;
 
 /// Decisions of one pod on one CPU, indexed by [`Verdict`](crate::decide::Verdict).
 #[repr(C)]
@@ -410,7 +430,24 @@ pub struct Counters {
     /// How often each verdict fell.
     pub by_verdict: [u64; COUNTER_SLOTS],
 }
-const _: () = assert!(size_of::<Counters>() == 256);
+const _: () = assert!(size_of::<Counters>() == 384);
+
+/// Resolvers that are told apart on one socket; more than a `resolv.conf` may name.
+pub const ASKED_SLOTS: usize = 8;
+
+/// Which resolvers a datagram socket asked when ztunnel was asked in their place. The rules are in
+/// [`dns`](crate::dns).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Asked {
+    /// The resolvers, by slot.
+    pub resolvers: [Addr; ASKED_SLOTS],
+    /// How many slots are in use.
+    pub count: u32,
+    /// Which slot was given to another resolver last, once all are in use.
+    pub replaced: u32,
+}
+const _: () = assert!(size_of::<Asked>() == 136);
 
 /// One decision, as it goes through the ring buffer.
 #[repr(C)]

@@ -73,6 +73,28 @@ impl Addr {
         }
         self.words[2] == 0 && self.words[3] == 1_u32.to_be()
     }
+
+    /// 0.0.0.0 or ::, which mean "this host" as a destination.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_unspecified(&self) -> bool {
+        self.words[0] == 0
+            && self.words[1] == 0
+            && (self.words[2] == 0 || self.words[2] == MAPPED)
+            && self.words[3] == 0
+    }
+
+    /// 224.0.0.0/4, 255.255.255.255 or ff00::/8.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_multicast(&self) -> bool {
+        if self.is_v4() {
+            self.words[3].to_ne_bytes()[0] >= 224 && self.words[3].to_ne_bytes()[0] < 240
+                || self.words[3] == u32::MAX
+        } else {
+            self.words[0].to_ne_bytes()[0] == 0xff
+        }
+    }
 }
 
 impl From<core::net::IpAddr> for Addr {

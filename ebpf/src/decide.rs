@@ -30,8 +30,8 @@ pub enum Verdict {
     PassLoopback = 7,
     /// steer: to 15001.
     Outbound = 8,
-    /// steer: to 15053.
-    Dns = 9,
+    /// steer: a lookup over TCP and IPv4, to 15053.
+    DnsTcp4 = 9,
     /// steer: from behind a virtual interface, to 15001.
     Virtual = 10,
     /// steer: delivery or the pod to itself, left alone.
@@ -58,11 +58,29 @@ pub enum Verdict {
     Vouched = 21,
     /// node: a connection from the node was not vouched for: it goes through ztunnel.
     NotVouched = 22,
+    /// steer: a lookup over TCP and IPv6, to 15053.
+    DnsTcp6 = 23,
+    /// lookup over UDP: to ztunnel.
+    DnsUdp4 = 24,
+    /// The same over IPv6.
+    DnsUdp6 = 25,
+    /// lookup over UDP: no ztunnel listens, so the resolver itself is asked.
+    DnsAway4 = 26,
+    /// The same over IPv6.
+    DnsAway6 = 27,
+    /// lookup over UDP: this resolver is not to be replaced.
+    DnsLeft4 = 28,
+    /// The same over IPv6.
+    DnsLeft6 = 29,
+    /// lookup over UDP: ztunnel asks a resolver.
+    DnsZtunnel4 = 30,
+    /// The same over IPv6.
+    DnsZtunnel6 = 31,
 }
 
 impl Verdict {
     /// Every verdict, in the order of its number.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 32] = [
         Self::Captured,
         Self::Home,
         Self::Refused,
@@ -72,7 +90,7 @@ impl Verdict {
         Self::Impostor,
         Self::PassLoopback,
         Self::Outbound,
-        Self::Dns,
+        Self::DnsTcp4,
         Self::Virtual,
         Self::PassHome,
         Self::Hbone,
@@ -86,6 +104,15 @@ impl Verdict {
         Self::OptionDenied,
         Self::Vouched,
         Self::NotVouched,
+        Self::DnsTcp6,
+        Self::DnsUdp4,
+        Self::DnsUdp6,
+        Self::DnsAway4,
+        Self::DnsAway6,
+        Self::DnsLeft4,
+        Self::DnsLeft6,
+        Self::DnsZtunnel4,
+        Self::DnsZtunnel6,
     ];
 
     /// The name used in counters, events and metrics.
@@ -101,7 +128,7 @@ impl Verdict {
             Self::Impostor => "impostor",
             Self::PassLoopback => "pass_loopback",
             Self::Outbound => "to_outbound",
-            Self::Dns => "to_dns",
+            Self::DnsTcp4 => "to_dns_tcp4",
             Self::Virtual => "to_outbound_virtual",
             Self::PassHome => "pass_home",
             Self::Hbone => "to_hbone",
@@ -115,6 +142,15 @@ impl Verdict {
             Self::OptionDenied => "option_denied",
             Self::Vouched => "vouched",
             Self::NotVouched => "not_vouched",
+            Self::DnsTcp6 => "to_dns_tcp6",
+            Self::DnsUdp4 => "to_dns_udp4",
+            Self::DnsUdp6 => "to_dns_udp6",
+            Self::DnsAway4 => "dns_away_udp4",
+            Self::DnsAway6 => "dns_away_udp6",
+            Self::DnsLeft4 => "dns_left_udp4",
+            Self::DnsLeft6 => "dns_left_udp6",
+            Self::DnsZtunnel4 => "dns_ztunnel_udp4",
+            Self::DnsZtunnel6 => "dns_ztunnel_udp6",
         }
     }
 
@@ -127,9 +163,18 @@ impl Verdict {
             | Self::ExcludedOutbound
             | Self::ZtunnelOut
             | Self::Outbound
-            | Self::Dns
+            | Self::DnsTcp4
             | Self::Virtual
-            | Self::NoOutboundListener => "outbound",
+            | Self::NoOutboundListener
+            | Self::DnsTcp6
+            | Self::DnsUdp4
+            | Self::DnsUdp6
+            | Self::DnsAway4
+            | Self::DnsAway6
+            | Self::DnsLeft4
+            | Self::DnsLeft6
+            | Self::DnsZtunnel4
+            | Self::DnsZtunnel6 => "outbound",
             Self::Delivery
             | Self::Hbone
             | Self::PassVouched
@@ -200,7 +245,7 @@ pub trait SteerFacts {
     fn announced(&self) -> bool;
     /// It came in by one of the pod's virtual interfaces.
     fn on_virtual_interface(&self) -> bool;
-    /// DNS capture is on.
+    /// DNS capture is on for this destination.
     fn captures_dns(&self) -> bool;
     /// The node vouched for this connection.
     fn vouched(&self) -> bool;
@@ -229,7 +274,11 @@ pub fn steer(dst: &Addr, dst_port: u16, facts: &impl SteerFacts) -> Verdict {
             return Verdict::UnknownDestination;
         }
         let dns = dst_port == port::DOMAIN && facts.captures_dns() && facts.source_is_own();
-        return if dns { Verdict::Dns } else { Verdict::Outbound };
+        return match (dns, dst.is_v4()) {
+            (true, true) => Verdict::DnsTcp4,
+            (true, false) => Verdict::DnsTcp6,
+            (false, _) => Verdict::Outbound,
+        };
     }
     if facts.on_loopback_device() || facts.source_is_own() {
         return Verdict::PassHome;

@@ -10,7 +10,7 @@ use aya_ebpf::{
     helpers::{bpf_get_netns_cookie, bpf_setsockopt, bpf_sk_storage_get},
 };
 use culvert_ebpf::{
-    abi::{CidrKey, PodAddr, PortKey, mark},
+    abi::{CidrKey, Pod, PodAddr, PortKey, mark, pod_flags},
     addr::Addr,
 };
 
@@ -47,6 +47,25 @@ macro_rules! field {
     }};
 }
 pub(crate) use field;
+
+/// Writes a 32-bit field of a context: type, pointer, field, the byte within it, value.
+macro_rules! set_field {
+    ($ty:ty, $ptr:expr, $field:ident, $byte:expr, $value:expr) => {{
+        let ptr: *mut $ty = $ptr;
+        let value: u32 = $value;
+        // SAFETY: one store, which the verifier checks; the field exists in the type.
+        unsafe {
+            core::arch::asm!(
+                "*(u32 *)({ptr} + {offset}) = {value}",
+                value = in(reg) value,
+                ptr = in(reg) ptr,
+                offset = const core::mem::offset_of!($ty, $field) + $byte,
+                options(nostack, preserves_flags),
+            );
+        }
+    }};
+}
+pub(crate) use set_field;
 
 /// Address from the fields of a context, by family.
 macro_rules! address {
@@ -141,6 +160,18 @@ pub fn ztunnel_storage(sk: *mut bpf_sock, create: bool) -> bool {
 pub fn is_own(cookie: u64, addr: Addr) -> bool {
     // SAFETY: the value is never read, only its presence.
     unsafe { maps::POD_ADDRS.get(PodAddr { cookie, addr }) }.is_some()
+}
+
+/// Is a lookup that asks this resolver to be captured?
+#[inline(always)]
+pub fn captures_dns(cookie: u64, pod: &Pod, resolver: Addr) -> bool {
+    if pod.flags & pod_flags::DNS == 0 {
+        return false;
+    }
+    let addr = resolver;
+    pod.flags & pod_flags::DNS_LISTED == 0
+        // SAFETY: the value is never read, only its presence.
+        || unsafe { maps::RESOLVERS.get(PodAddr { cookie, addr }) }.is_some()
 }
 
 /// Is the port in `EXCLUDED_PORTS`?

@@ -1,7 +1,7 @@
 //! The kernel programs of Culvert.
 //!
 //! `culvert_connect` (sock_ops), `culvert_sockopt` (cgroup/setsockopt), `culvert_vouch` (cgroup/sock_create),
-//! `culvert_enter` and `culvert_steer` (sk_lookup).
+//! `culvert_enter` and `culvert_steer` (sk_lookup), `culvert_dns_*` (cgroup socket addresses).
 //! This file owns the entry points and the licence; each program has its own file and only reads its
 //! context, asks the library's decision functions, and acts. None of them runs for a packet of an
 //! established connection.
@@ -11,6 +11,7 @@
 
 mod connect;
 mod kernel;
+mod lookup;
 mod maps;
 mod process;
 mod report;
@@ -19,8 +20,8 @@ mod steer;
 mod vouch;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sockopt, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockContext, SockOpsContext, SockoptContext},
+    macros::{cgroup_sock, cgroup_sock_addr, cgroup_sockopt, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockContext, SockOpsContext, SockoptContext},
 };
 
 /// See `connect.rs`.
@@ -53,6 +54,54 @@ fn culvert_enter(ctx: SkLookupContext) -> u32 {
 #[sk_lookup]
 fn culvert_steer(ctx: SkLookupContext) -> u32 {
     steer::run(&ctx)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(connect4)]
+fn culvert_dns_connect4(ctx: SockAddrContext) -> i32 {
+    lookup::connect::<false>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(connect6)]
+fn culvert_dns_connect6(ctx: SockAddrContext) -> i32 {
+    lookup::connect::<true>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(sendmsg4)]
+fn culvert_dns_sendmsg4(ctx: SockAddrContext) -> i32 {
+    lookup::sendmsg::<false>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(sendmsg6)]
+fn culvert_dns_sendmsg6(ctx: SockAddrContext) -> i32 {
+    lookup::sendmsg::<true>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(recvmsg4)]
+fn culvert_dns_recvmsg4(ctx: SockAddrContext) -> i32 {
+    lookup::answered::<false>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(recvmsg6)]
+fn culvert_dns_recvmsg6(ctx: SockAddrContext) -> i32 {
+    lookup::answered::<true>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(getpeername4)]
+fn culvert_dns_getpeername4(ctx: SockAddrContext) -> i32 {
+    lookup::answered::<false>(ctx.sock_addr)
+}
+
+/// See `lookup.rs`.
+#[cgroup_sock_addr(getpeername6)]
+fn culvert_dns_getpeername6(ctx: SockAddrContext) -> i32 {
+    lookup::answered::<true>(ctx.sock_addr)
 }
 
 /// What the kernel needs to see before it lends GPL-only helpers.

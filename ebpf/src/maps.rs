@@ -14,8 +14,8 @@ use aya_ebpf::{
     },
 };
 use culvert_ebpf::abi::{
-    CidrKey, Config, Counters, FourTuple, ListenerKey, MAX_PID_NAMESPACES, Named, PidNamespace,
-    Pod, PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey,
+    Asked, CidrKey, Config, Counters, FourTuple, ListenerKey, MAX_PID_NAMESPACES, Named,
+    PidNamespace, Pod, PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey,
 };
 use culvert_ebpf::addr::Addr;
 
@@ -62,6 +62,8 @@ pub static STEER: ProgramArray = ProgramArray::with_max_entries(1, 0);
 pub static ENTERING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static RECORDS: HashMap<u64, Record> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+#[map]
+pub static RESOLVERS: HashMap<PodAddr, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
 
 /// The legacy definition of a map: what the `maps` section holds. aya-ebpf has none for socket storage
 /// that other programs than sock_addr's can use.
@@ -80,23 +82,33 @@ pub struct StorageDef {
 // SAFETY: nobody reads or writes the definition; its address names the map to the loader.
 unsafe impl Sync for StorageDef {}
 
-/// Presence is all that counts.
-const fn flag_on_socket() -> StorageDef {
-    StorageDef {
-        map_type: UnsafeCell::new(BPF_MAP_TYPE_SK_STORAGE),
-        key_size: 4,
-        value_size: 4,
-        max_entries: 0,
-        map_flags: BPF_F_NO_PREALLOC,
-        id: 0,
-        pinning: 0,
+impl StorageDef {
+    const fn new(value_size: u32) -> Self {
+        Self {
+            map_type: UnsafeCell::new(BPF_MAP_TYPE_SK_STORAGE),
+            key_size: 4,
+            value_size,
+            max_entries: 0,
+            map_flags: BPF_F_NO_PREALLOC,
+            id: 0,
+            pinning: 0,
+        }
+    }
+
+    /// Presence is all that counts.
+    const fn flag() -> Self {
+        Self::new(4)
     }
 }
 
 #[unsafe(link_section = "maps")]
 #[unsafe(export_name = "ZTUNNEL_SOCKETS")]
-pub static ZTUNNEL_SOCKETS: StorageDef = flag_on_socket();
+pub static ZTUNNEL_SOCKETS: StorageDef = StorageDef::flag();
 
 #[unsafe(link_section = "maps")]
 #[unsafe(export_name = "VOUCHER_SOCKETS")]
-pub static VOUCHER_SOCKETS: StorageDef = flag_on_socket();
+pub static VOUCHER_SOCKETS: StorageDef = StorageDef::flag();
+
+#[unsafe(link_section = "maps")]
+#[unsafe(export_name = "ASKED")]
+pub static ASKED: StorageDef = StorageDef::new(size_of::<Asked>() as u32);

@@ -21,6 +21,7 @@ use crate::{
     report::count,
 };
 
+const IPPROTO_UDP: u32 = 17;
 const IPPROTO_MPTCP: u32 = 262;
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -46,7 +47,10 @@ pub fn run(ctx: *mut bpf_sockopt) -> i32 {
     // SAFETY: never null in this hook.
     let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
     let protocol = field!(bpf_sock, sk, protocol);
-    if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
+    let stream = protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
+    // Of datagram sockets nothing is refused: it only matters which are ztunnel's, because those ask resolvers
+    // themselves.
+    if !stream && (protocol != IPPROTO_UDP || option != SO_MARK) {
         return ALLOW;
     }
     let cookie = netns_cookie(ctx);
@@ -58,6 +62,9 @@ pub fn run(ctx: *mut bpf_sockopt) -> i32 {
         if option == SO_MARK && value(ctx).is_some_and(|v| v & mark::MASK == mark::ZTUNNEL) {
             ztunnel_storage(sk, true);
         }
+        return ALLOW;
+    }
+    if !stream {
         return ALLOW;
     }
     if option == SO_MARK {

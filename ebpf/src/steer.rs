@@ -17,7 +17,7 @@ use culvert_ebpf::{
 };
 
 use crate::{
-    kernel::{AF_INET, IPPROTO_TCP, address, field, is_own, port_excluded},
+    kernel::{IPPROTO_TCP, address, captures_dns, field, is_own, port_excluded},
     maps,
     report::decided,
 };
@@ -95,7 +95,7 @@ impl SteerFacts for Facts<'_> {
 
     #[inline(always)]
     fn captures_dns(&self) -> bool {
-        self.pod.flags & pod_flags::DNS != 0
+        captures_dns(self.cookie, self.pod, self.tuple.dst)
     }
 
     #[inline(always)]
@@ -142,10 +142,8 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     let verdict = decide::steer(&tuple.dst, tuple.dst_port, &facts);
     let (role, missing) = match verdict {
         Verdict::Outbound | Verdict::Virtual => (role::OUTBOUND, Verdict::NoOutboundListener),
-        Verdict::Dns if field!(bpf_sk_lookup, lookup, family) == AF_INET => {
-            (role::DNS4, Verdict::NoOutboundListener)
-        }
-        Verdict::Dns => (role::DNS6, Verdict::NoOutboundListener),
+        Verdict::DnsTcp4 => (role::DNS4, Verdict::NoOutboundListener),
+        Verdict::DnsTcp6 => (role::DNS6, Verdict::NoOutboundListener),
         Verdict::Inbound => (role::INBOUND, Verdict::NoInboundListener),
         Verdict::Hbone => (role::HBONE, Verdict::NoInboundListener),
         Verdict::UnknownDestination => {

@@ -35,6 +35,10 @@ pub(crate) struct Global {
     /// Directory of the cgroup v2 hierarchy to attach to [default: its root, found by looking].
     #[arg(long, global = true, env = "CULVERT_CGROUP_ROOT", value_name = "DIR")]
     cgroup_root: Option<PathBuf>,
+    /// Directory of the cgroup v2 hierarchy that holds all pods, where the DNS programs attach [default: `kubepods`,
+    /// found by looking; the root where pods are in no cgroup of their own].
+    #[arg(long, global = true, env = "CULVERT_DNS_CGROUP", value_name = "DIR")]
+    dns_cgroup: Option<PathBuf>,
     /// How to print.
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -48,6 +52,7 @@ impl Global {
         LoadOptions {
             bpffs: self.bpffs.clone(),
             cgroup_root: self.cgroup_root.clone(),
+            dns_cgroup: self.dns_cgroup.clone(),
             probe_source: None,
         }
     }

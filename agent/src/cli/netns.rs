@@ -1,6 +1,7 @@
 //! `culvert netns ...`: manual control, usable without any agent.
 
 use std::{
+    net::IpAddr,
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
@@ -10,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 use culvert::kernel::{
     Netns, Node, inspect, kubelet, listeners,
-    pod::{self, Attached, Detached, Policy},
+    pod::{self, Attached, Detached, Dns, Policy},
     track::Rescanner,
 };
 use culvert_ebpf::abi::{PROBES_KUBELET, PROBES_NODE, PROBES_NONE};
@@ -74,9 +75,12 @@ pub(crate) struct AttachArgs {
     /// a process with CAP_NET_RAW can forge.
     #[arg(long, value_name = "PID")]
     ztunnel: Vec<u32>,
-    /// Send TCP to port 53 to ztunnel's DNS listener.
+    /// Let ztunnel answer lookups (port 53, UDP and TCP).
     #[arg(long)]
     dns: bool,
+    /// With --dns: only lookups that ask this resolver. Repeat for several.
+    #[arg(long, value_name = "ADDRESS", requires = "dns")]
+    dns_resolver: Vec<IpAddr>,
     /// Which processes may probe enrolled pods without passing through ztunnel (for the whole node).
     #[arg(long, value_enum, value_name = "SOURCE")]
     probe_source: Option<ProbeSource>,
@@ -168,7 +172,11 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
         bypass_inbound: args.bypass_inbound,
         virtual_interfaces: args.virtual_interface.clone(),
         hold: args.hold.0,
-        dns: args.dns,
+        dns: if args.dns_resolver.is_empty() {
+            args.dns.into()
+        } else {
+            Dns::Resolvers(args.dns_resolver.clone())
+        },
         named_ztunnel: !args.ztunnel.is_empty(),
     };
     policy.check()?;

@@ -243,6 +243,10 @@ pub struct Maps {
     pub pid_namespaces: Map<u32, PidNamespace>,
     /// Connections from the node to enrolled pods.
     pub probe_counts: ProbeCountMap,
+    /// Resolvers whose lookups are captured, of pods where not all are.
+    pub resolvers: Map<PodAddr, u8>,
+    /// Which resolvers a socket asked.
+    pub asked: OwnedFd,
 }
 
 impl Maps {
@@ -270,6 +274,8 @@ impl Maps {
             vs,
             pn,
             pc,
+            rs,
+            ak,
         ] = fds;
         Self {
             config: Map::new(maps::CONFIG, c),
@@ -293,6 +299,8 @@ impl Maps {
             voucher_sockets: vs,
             pid_namespaces: Map::new(maps::PID_NAMESPACES, pn),
             probe_counts: ProbeCountMap(Map::new(maps::PROBE_COUNTS, pc)),
+            resolvers: Map::new(maps::RESOLVERS, rs),
+            asked: ak,
         }
     }
 
@@ -320,6 +328,8 @@ impl Maps {
             (maps::VOUCHER_SOCKETS, self.voucher_sockets.as_fd()),
             (maps::PID_NAMESPACES, self.pid_namespaces.as_fd()),
             (maps::PROBE_COUNTS, self.probe_counts.0.as_fd()),
+            (maps::RESOLVERS, self.resolvers.as_fd()),
+            (maps::ASKED, self.asked.as_fd()),
         ]
     }
 }

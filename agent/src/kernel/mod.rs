@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod discover;
+pub mod dns;
 pub mod error;
 pub mod events;
 pub mod inspect;

@@ -16,7 +16,7 @@ use culvert_ebpf::abi::{ABI_VERSION, Config, PROBES_NODE, maps as map_names, pro
 use serde::Serialize;
 
 use super::{
-    cgroup,
+    cgroup, dns,
     error::{Error, Result},
     maps::Maps,
     netns::Netns,
@@ -32,6 +32,8 @@ pub struct LoadOptions {
     pub bpffs: PathBuf,
     /// Where to attach; none = the v2 root, found by looking.
     pub cgroup_root: Option<PathBuf>,
+    /// Where the DNS programs are attached once a pod has them on; none = found by looking, see [`dns`].
+    pub dns_cgroup: Option<PathBuf>,
     /// Who may vouch for probes, `PROBES_*`; none = as it is, [`PROBES_NODE`] at first.
     pub probe_source: Option<u32>,
 }
@@ -44,6 +46,8 @@ pub struct Node {
     programs: Programs,
     /// Where the node's programs are attached, when this process attached them.
     cgroup: Option<File>,
+    /// Where the DNS programs go, as far as this process was told.
+    dns: dns::Place,
 }
 
 // One node serves all threads of the agent; namespaces are entered by the thread that calls.
@@ -101,6 +105,8 @@ pub struct LoadReport {
     pub adopted: bool,
     /// The programs.
     pub programs: Vec<ProgramReport>,
+    /// The programs for DNS over UDP and where they are; none until a pod has DNS capture on.
+    pub dns: Option<dns::Attached>,
 }
 
 fn open_maps(pins: &Pins) -> Result<Maps> {
@@ -193,6 +199,7 @@ impl Node {
             maps,
             programs,
             cgroup: None,
+            dns: dns::Place::default(),
         }))
     }
 
@@ -248,6 +255,10 @@ impl Node {
             maps,
             programs,
             cgroup: cgroup.try_clone().ok(),
+            dns: dns::Place {
+                root: Some(cgroup_path.clone()),
+                named: options.dns_cgroup.clone(),
+            },
         };
         let mut config = node.config()?;
         let current = config.object_id == object::id();
@@ -257,6 +268,7 @@ impl Node {
             abi_version: ABI_VERSION,
             adopted,
             programs: Vec::new(),
+            dns: None,
         };
         // Before any pod can jump there.
         report.programs.push(node.place_steer(current)?);
@@ -270,6 +282,7 @@ impl Node {
             .programs
             .push(node.attach(names::VOUCH, ATTACH_SOCK_CREATE, cgroup, current)?);
         report.programs.push(node.check_enter()?);
+        report.dns = dns::reload(&node, current)?;
         let wanted = Config {
             object_id: object::id(),
             probe_source: options.probe_source.unwrap_or(config.probe_source),
@@ -318,7 +331,13 @@ impl Node {
             .ok_or_else(|| other_abi(&self.pins, "without a configuration"))
     }
 
-    fn attach(
+    /// Where the DNS programs go.
+    pub(super) fn dns_place(&self) -> &dns::Place {
+        &self.dns
+    }
+
+    /// Makes sure that this build's program is attached there, pinned, and nowhere else.
+    pub(super) fn attach(
         &self,
         name: &'static str,
         kind: u32,
@@ -448,7 +467,8 @@ fn report(
             names::CONNECT => "sock_ops",
             names::SOCKOPT => "cgroup/setsockopt",
             names::VOUCH => "cgroup/sock_create",
-            _ => "sk_lookup",
+            names::ENTER | names::STEER => "sk_lookup",
+            _ => "cgroup/sock_addr",
         },
         action,
         tag: info.tag.iter().map(|b| format!("{b:02x}")).collect(),

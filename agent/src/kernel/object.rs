@@ -39,6 +39,8 @@ pub enum Kind {
     Sock,
     /// BPF_PROG_TYPE_SK_LOOKUP.
     SkLookup,
+    /// BPF_PROG_TYPE_CGROUP_SOCK_ADDR, on one of its hooks.
+    SockAddr(u32),
 }
 
 impl Kind {
@@ -50,6 +52,7 @@ impl Kind {
             Self::Sockopt => (25, ATTACH_SETSOCKOPT),
             Self::Sock => (9, ATTACH_SOCK_CREATE),
             Self::SkLookup => (30, ATTACH_SK_LOOKUP),
+            Self::SockAddr(hook) => (18, hook),
         }
     }
 }
@@ -82,6 +85,7 @@ pub struct Programs {
     vouch: Template,
     steer: Template,
     enter: Template,
+    dns: Vec<Template>,
     /// Where in `enter` the cookie stands.
     cookie_at: Vec<usize>,
 }
@@ -153,33 +157,38 @@ pub fn map_specs() -> Result<Vec<(&'static str, MapSpec)>> {
 pub fn create_map(name: &'static str, spec: &MapSpec) -> Result<OwnedFd> {
     let fail = |e: io::Error| Error::system("create", format_args!("map {name}"), e);
     if spec.map_type == MAP_TYPE_SK_STORAGE {
-        // The kernel takes socket storage only with types: both are `int` here.
-        let btf = sys::btf_load(&INT_BTF).map_err(fail)?;
-        return sys::map_create(name, spec, Some((btf.as_fd(), 1, 1))).map_err(fail);
+        // The kernel takes socket storage only with types: `int` as the key, an array of them as the value.
+        let btf = sys::btf_load(&ints_btf(spec.value_size / 4)).map_err(fail)?;
+        return sys::map_create(name, spec, Some((btf.as_fd(), 1, 2))).map_err(fail);
     }
     sys::map_create(name, spec, None).map_err(fail)
 }
 
-/// BTF with one type: `int`, 32 bits, signed.
-static INT_BTF: [u8; 24 + 16 + 5] = {
-    let mut b = [0; 45];
+/// BTF with two types: 1 is `int`, 32 bits, signed; 2 is an array of `count` of them.
+fn ints_btf(count: u32) -> [u8; 24 + 16 + 24 + 5] {
+    const TYPES: u8 = 16 + 24;
+    let mut b = [0; 69];
     b[0] = 0x9f; // magic 0xeb9f
     b[1] = 0xeb;
     b[2] = 1; // version
     b[4] = 24; // header length
-    b[12] = 16; // type section length
-    b[16] = 16; // string section offset
+    b[12] = TYPES; // type section length
+    b[16] = TYPES; // string section offset
     b[20] = 5; // string section length
     b[24] = 1; // name offset
     b[31] = 1; // kind INT in bits 24..28 of info
     b[32] = 4; // size
     b[36] = 32; // bits
     b[39] = 1; // signed
-    b[41] = b'i';
-    b[42] = b'n';
-    b[43] = b't';
+    b[47] = 3; // kind ARRAY, without a name
+    b[52] = 1; // of type 1
+    b[56] = 1; // counted by type 1
+    b[60..64].copy_from_slice(&count.to_ne_bytes());
+    b[65] = b'i';
+    b[66] = b'n';
+    b[67] = b't';
     b
-};
+}
 
 impl Programs {
     /// Parses the object and binds its programs to `maps`.
@@ -241,6 +250,10 @@ impl Programs {
             vouch: template(programs::VOUCH, Kind::Sock)?,
             steer: template(programs::STEER, Kind::SkLookup)?,
             enter,
+            dns: programs::DNS
+                .into_iter()
+                .map(|(name, hook)| template(name, Kind::SockAddr(hook)))
+                .collect::<Result<_>>()?,
             cookie_at,
         })
     }
@@ -250,6 +263,7 @@ impl Programs {
         let all = [&self.connect, &self.sockopt, &self.vouch, &self.steer];
         let template = all
             .into_iter()
+            .chain(&self.dns)
             .find(|t| t.name == name)
             .ok_or_else(|| broken(format!("program {name} is none of the node's")))?;
         let mut insns = template.insns.clone();

@@ -10,6 +10,7 @@ mod release;
 mod sync;
 
 use std::{
+    net::IpAddr,
     os::fd::AsFd,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -21,6 +22,7 @@ pub use sync::Synced;
 pub(super) use sync::{sync, sync_sysctls, virtual_names};
 
 use super::{
+    dns,
     error::{Error, Result},
     listeners, netconf,
     netlink::Rtnetlink,
@@ -30,7 +32,7 @@ use super::{
     pins, sys, sysctl,
 };
 use crate::plan::netns as plan;
-use entries::{pod_entry, set_addresses, set_exclusions};
+use entries::{pod_entry, set_addresses, set_exclusions, set_resolvers};
 
 /// How a pod is to be treated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,8 +49,8 @@ pub struct Policy {
     pub virtual_interfaces: Vec<String>,
     /// How long new connections wait for an absent ztunnel; none = for ever.
     pub hold: Option<Duration>,
-    /// TCP port 53 goes to ztunnel's DNS listener.
-    pub dns: bool,
+    /// Which lookups go to ztunnel's DNS listener.
+    pub dns: Dns,
     /// ztunnel is told by its process, not by its mark alone.
     pub named_ztunnel: bool,
 }
@@ -62,7 +64,7 @@ impl Default for Policy {
             bypass_inbound: false,
             virtual_interfaces: Vec::new(),
             hold: Some(Duration::from_secs(10)),
-            dns: false,
+            dns: Dns::Off,
             named_ztunnel: false,
         }
     }
@@ -91,6 +93,24 @@ impl Policy {
             )),
             None => Ok(()),
         }
+    }
+}
+
+/// Which lookups of a pod, over UDP and TCP port 53, ztunnel answers.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum Dns {
+    /// None.
+    #[default]
+    Off,
+    /// All, whichever resolver they ask.
+    All,
+    /// Those that ask one of these resolvers.
+    Resolvers(Vec<IpAddr>),
+}
+
+impl From<bool> for Dns {
+    fn from(on: bool) -> Self {
+        if on { Self::All } else { Self::Off }
     }
 }
 
@@ -128,6 +148,10 @@ pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
         ));
     }
     let _lock = node.lock()?;
+    if policy.dns != Dns::Off {
+        // Before the pod's own entry asks for them.
+        dns::ensure(node)?;
+    }
     let fresh = node.maps().pods.get(&cookie.0)?.is_none();
     let known = node.maps().records.get(&cookie.0)?.is_some();
     let result = enrol(node, netns, policy, known);
@@ -183,6 +207,7 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
     drop(guard);
     set_addresses(node, cookie, &observed.own(), known)?;
     set_exclusions(node, cookie, policy, known)?;
+    set_resolvers(node, cookie, &policy.dns, known)?;
     let pod = pod_entry(policy, &observed);
     if node.maps().pods.get(&cookie.0)? != Some(pod) {
         node.maps().pods.set(&cookie.0, &pod)?;

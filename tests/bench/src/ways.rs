@@ -107,6 +107,7 @@ pub(crate) fn load(lab: &Lab) -> Result<Node> {
     let options = LoadOptions {
         bpffs: lab.bpffs().to_owned(),
         cgroup_root: Some(lab.cgroup().to_owned()),
+        dns_cgroup: None,
         probe_source: None,
     };
     lab.node().run(|| {

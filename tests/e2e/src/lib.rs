@@ -5,6 +5,7 @@
 pub mod bpf;
 pub mod cage;
 pub mod cni;
+pub mod dns;
 pub mod killing;
 pub mod picture;
 pub mod traffic;

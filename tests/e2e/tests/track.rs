@@ -30,6 +30,7 @@ fn load(lab: &Lab) -> Arc<Node> {
     let options = LoadOptions {
         bpffs: lab.bpffs().to_path_buf(),
         cgroup_root: Some(lab.cgroup().to_path_buf()),
+        dns_cgroup: None,
         probe_source: None,
     };
     let (node, _) = lab.node().run(|| Node::load(&options)).unwrap();

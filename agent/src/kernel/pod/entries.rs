@@ -13,7 +13,7 @@ use culvert_ebpf::{
 };
 use ipnet::IpNet;
 
-use super::Policy;
+use super::{Dns, Policy};
 use crate::{
     kernel::{error::Result, maps::LpmCidr, netns::NetnsCookie, node::Node},
     plan::netns::Observed,
@@ -22,7 +22,11 @@ use crate::{
 pub(super) fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
     let mut flags = 0;
     for (on, flag) in [
-        (policy.dns, pod_flags::DNS),
+        (policy.dns != Dns::Off, pod_flags::DNS),
+        (
+            matches!(policy.dns, Dns::Resolvers(_)),
+            pod_flags::DNS_LISTED,
+        ),
         (policy.bypass_inbound, pod_flags::BYPASS_INBOUND),
         (!policy.exclude_outbound_cidrs.is_empty(), pod_flags::CIDRS),
         (
@@ -210,6 +214,34 @@ pub(super) fn set_exclusions(
     Ok(())
 }
 
+/// Makes the resolvers of `dns` the ones whose lookups are captured. With `known` there may be others from before.
+pub(super) fn set_resolvers(
+    node: &Node,
+    cookie: NetnsCookie,
+    dns: &Dns,
+    known: bool,
+) -> Result<()> {
+    let resolvers = &node.maps().resolvers;
+    let key = |ip: &IpAddr| PodAddr {
+        cookie: cookie.0,
+        addr: Addr::from(*ip),
+    };
+    let wanted: Vec<PodAddr> = match dns {
+        Dns::Resolvers(list) => list.iter().map(key).collect(),
+        Dns::Off | Dns::All => Vec::new(),
+    };
+    for key in &wanted {
+        resolvers.set(key, &1)?;
+    }
+    if known {
+        let stale = |k: &PodAddr| k.cookie == cookie.0 && !wanted.contains(k);
+        for key in resolvers.keys()?.into_iter().filter(stale) {
+            resolvers.remove(&key)?;
+        }
+    }
+    Ok(())
+}
+
 /// Everything the programs know of the pod. `PODS` first: from then on they leave it alone.
 pub(super) fn forget_maps(node: &Node, cookie: NetnsCookie) -> Result<()> {
     let maps = node.maps();
@@ -238,6 +270,7 @@ pub(super) fn forget_maps(node: &Node, cookie: NetnsCookie) -> Result<()> {
     {
         maps.excluded_cidrs.remove(&key)?;
     }
+    set_resolvers(node, cookie, &Dns::Off, true)?;
     for role in 0..role::COUNT {
         maps.roles.remove(&RoleKey {
             cookie: cookie.0,

@@ -1,0 +1,171 @@
+//! Unit tests of the decision on lookups and of what a socket remembers.
+
+use core::net::IpAddr;
+use std::{vec, vec::Vec};
+
+use super::*;
+
+extern crate std;
+
+#[derive(Clone, Copy, Default)]
+struct Answers {
+    ztunnel: bool,
+    serves: bool,
+    own: bool,
+    excluded: bool,
+    off: bool,
+    away: bool,
+}
+
+impl LookupFacts for Answers {
+    fn is_ztunnel(&self) -> bool {
+        self.ztunnel
+    }
+    fn serves(&self) -> bool {
+        self.serves
+    }
+    fn resolver_is_own(&self) -> bool {
+        self.own
+    }
+    fn resolver_is_excluded(&self) -> bool {
+        self.excluded
+    }
+    fn captures(&self) -> bool {
+        !self.off
+    }
+    fn ztunnel_listens(&self) -> bool {
+        !self.away
+    }
+}
+
+fn addr(text: &str) -> Addr {
+    text.parse::<IpAddr>().unwrap().into()
+}
+
+/// Every combination of facts.
+fn all() -> Vec<Answers> {
+    (0..64_u8)
+        .map(|n| Answers {
+            ztunnel: n & 1 != 0,
+            serves: n & 2 != 0,
+            own: n & 4 != 0,
+            excluded: n & 8 != 0,
+            off: n & 16 != 0,
+            away: n & 32 != 0,
+        })
+        .collect()
+}
+
+#[test]
+fn the_table_in_all_its_cases() {
+    for f in all() {
+        for (resolver, near) in [
+            ("10.96.0.10", false),
+            ("fd00::a", false),
+            ("fe80::1", false),
+            ("127.0.0.1", true),
+            ("127.0.0.53", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("0.0.0.0", true),
+            ("::", true),
+            ("224.0.0.251", true),
+            ("239.255.255.255", true),
+            ("255.255.255.255", true),
+            ("ff02::fb", true),
+            ("223.255.255.255", false),
+            ("240.0.0.1", false),
+        ] {
+            let left = near || f.serves || f.own || f.excluded || f.off;
+            let wanted = match (f.ztunnel, left, f.away) {
+                (true, _, _) => Lookup::Ztunnel,
+                (false, true, _) => Lookup::Left,
+                (false, false, true) => Lookup::Away,
+                (false, false, false) => Lookup::Captured,
+            };
+            assert_eq!(lookup(&addr(resolver), &f), wanted, "{resolver}");
+        }
+    }
+}
+
+#[test]
+fn each_verdict_has_a_number_of_its_own() {
+    let all = [
+        Lookup::Captured,
+        Lookup::Away,
+        Lookup::Left,
+        Lookup::Ztunnel,
+    ];
+    let mut numbers: Vec<u32> = all
+        .iter()
+        .flat_map(|l| [l.verdict(true) as u32, l.verdict(false) as u32])
+        .collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(numbers.len(), 8);
+}
+
+#[test]
+fn a_slot_is_found_again_from_the_address_that_stands_for_it() {
+    for v4 in [true, false] {
+        assert_eq!(slot_of(&listener(v4), 15053), Some(0));
+        assert_eq!(slot_of(&listener(v4), 53), None);
+        assert!(!is_stand_in(&listener(v4)));
+        for slot in 1..ASKED_SLOTS {
+            let stand_in = stand_in(v4, slot);
+            assert_eq!(stand_in.is_v4(), v4);
+            assert!(is_stand_in(&stand_in));
+            assert_eq!(slot_of(&stand_in, 15053), Some(slot));
+        }
+    }
+    assert_eq!(
+        IpAddr::from(stand_in(true, 3)),
+        "127.53.0.3".parse::<IpAddr>().unwrap()
+    );
+    for other in ["10.0.0.1", "127.0.0.2", "127.53.1.1", "::2", "fd00::7f35:1"] {
+        assert_eq!(slot_of(&addr(other), 15053), None, "{other}");
+    }
+}
+
+fn nothing() -> Asked {
+    Asked {
+        resolvers: [addr("::"); ASKED_SLOTS],
+        count: 0,
+        replaced: 0,
+    }
+}
+
+fn resolver(n: u32) -> Addr {
+    Addr::v4(n.to_be())
+}
+
+#[test]
+fn resolvers_keep_their_slots_and_the_oldest_but_the_first_gives_way() {
+    let mut asked = nothing();
+    assert_eq!(asked.resolver(0), None);
+    for round in 0..2 {
+        for n in 0..ASKED_SLOTS {
+            assert_eq!(asked.one_of(&resolver(n as u32)), n, "round {round}");
+        }
+    }
+    let slots: Vec<usize> = (100..109).map(|n| asked.one_of(&resolver(n))).collect();
+    assert_eq!(slots, vec![1, 2, 3, 4, 5, 6, 7, 1, 2]);
+    assert_eq!(asked.resolver(0), Some(resolver(0)));
+    assert_eq!(asked.resolver(1), Some(resolver(107)));
+    assert_eq!(asked.resolver(3), Some(resolver(102)));
+    assert_eq!(asked.resolver(ASKED_SLOTS), None);
+}
+
+#[test]
+fn where_answers_cannot_be_told_apart_the_last_resolver_counts() {
+    let mut asked = nothing();
+    asked.only(&resolver(1));
+    asked.only(&resolver(2));
+    assert_eq!((asked.resolver(0), asked.count), (Some(resolver(2)), 1));
+    assert_eq!(asked.one_of(&resolver(3)), 1);
+    asked.only(&resolver(4));
+    assert_eq!(
+        (asked.resolver(0), asked.resolver(1)),
+        (Some(resolver(4)), Some(resolver(3)))
+    );
+}
