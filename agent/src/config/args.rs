@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, parser::ValueSou
 use super::KEYS;
 
 /// Keys that are options of every `culvert` command and so are added by it.
-const GLOBAL: [&str; 2] = ["bpffs", "cgroup-root"];
+const GLOBAL: [&str; 3] = ["bpffs", "cgroup-root", "dns-cgroup"];
 
 /// What the command line said.
 #[derive(Clone, Debug, Default)]

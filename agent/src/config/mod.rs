@@ -96,6 +96,9 @@ settings! {
     bpffs: PathBuf = crate::kernel::pins::DEFAULT.into(), "bpffs";
     /// Directory of the cgroup v2 hierarchy to attach to; by default its root, found by looking.
     cgroup_root: Option<PathBuf> = None, "cgroup-root";
+    /// Directory of the cgroup v2 hierarchy that holds all pods, for the DNS programs; by default `kubepods`, found by
+    /// looking.
+    dns_cgroup: Option<PathBuf> = None, "dns-cgroup";
     /// Directory of the agent's sockets and lock; does not survive a reboot.
     run_dir: PathBuf = "/run/culvert".into(), "run-dir";
     /// Unix socket at which ztunnel asks for the node's pods.

@@ -179,6 +179,7 @@ async fn load(config: &Config) -> Result<(Arc<Node>, u64)> {
     let options = LoadOptions {
         bpffs: config.bpffs.clone(),
         cgroup_root: config.cgroup_root.clone(),
+        dns_cgroup: config.dns_cgroup.clone(),
         probe_source: Some(serving::probe_source(config.probe_source)),
     };
     tokio::task::spawn_blocking(move || {

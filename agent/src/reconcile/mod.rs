@@ -67,7 +67,7 @@ impl Options {
             bypass_inbound: wanted.bypass_inbound,
             virtual_interfaces: wanted.virtual_interfaces.clone(),
             hold: self.grace,
-            dns: wanted.dns,
+            dns: wanted.dns.into(),
             named_ztunnel: self.named_ztunnel,
         }
     }
