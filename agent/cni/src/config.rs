@@ -22,8 +22,8 @@ use crate::{
 /// Longest configuration taken, in bytes.
 pub const MAX_STDIN: u64 = 1 << 20;
 
-/// Versions of the specification that we speak.
-pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+/// Versions of the specification that we speak. Nodes of Azure still say 0.3.0, which has the results of 0.3.1.
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// The newest of [`VERSIONS`]: for answers when nobody asked for one.
 pub const NEWEST: &str = "1.1.0";

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::common::{Agent, Call, POD, Place, Say, config, config_with, golden, previous};
 use serde_json::{Value, json};
 
-const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// Runs one case and writes down what came of it, and what the agent was asked.
 fn case(transcript: &mut String, title: &str, call: &Call, agent: Option<&Agent>) {
