@@ -1,6 +1,6 @@
 //! A real Kubernetes on this machine, for tests first and for `cargo xtask cluster` second: etcd, API server and all,
 //! built from released Go modules, without Docker and without a registry. It starts them, hands out credentials and
-//! removes every trace; it must not know what the tests install there.
+//! removes every trace. Of what the tests install there it knows [`Mesh`] alone: Culvert and a stand-in ztunnel.
 //!
 //! [`ControlPlane`] is etcd and an API server alone, for what only talks to the API:
 //!
@@ -30,6 +30,7 @@ mod controllers;
 mod image;
 mod kubeconfig;
 mod kubectl;
+mod mesh;
 mod namespace;
 mod node;
 mod nodes;
@@ -49,6 +50,7 @@ pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
 pub use image::{BUSYBOX, Image};
 pub use kubectl::Kubectl;
+pub use mesh::{AGENT, Mesh, PROXY};
 pub use namespace::Namespace;
 pub use node::Node;
 pub use parts::{Part, Parts};

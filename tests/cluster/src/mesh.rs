@@ -1,0 +1,241 @@
+//! Culvert and a stand-in ztunnel on a cluster, for tests of what both do to pods: images of this build's binaries, their
+//! DaemonSets, peers that reach each other by HBONE, and what each ztunnel has counted. It judges nothing.
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Map, Value, json};
+
+use crate::build::copy_tree;
+use crate::cluster::Cluster;
+use crate::image::Image;
+use crate::node::Node;
+use crate::tool;
+
+const CULVERT: &str = include_str!("culvert.yaml");
+const ZTUNNEL: &str = include_str!("ztunnel.yaml");
+/// Where a node's ztunnel has its files, on that node.
+const FILES: &str = "var/lib/ztunnel";
+/// On which clusters this process has installed both.
+static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Culvert's DaemonSet and its namespace.
+pub const AGENT: (&str, &str) = ("culvert", "kube-system");
+/// The stand-in's DaemonSet and its namespace.
+pub const PROXY: (&str, &str) = ("ztunnel", "istio-system");
+
+/// A cluster with Culvert and a ztunnel on every node.
+#[derive(Debug, Clone, Copy)]
+pub struct Mesh<'a> {
+    cluster: &'a Cluster,
+}
+
+impl<'a> Mesh<'a> {
+    /// Installs both and waits until they are rolled out. A cluster that has them already keeps them.
+    ///
+    /// # Errors
+    /// When a binary has not been built (the error says how to), or something does not become ready.
+    pub fn install(cluster: &'a Cluster) -> Result<Self> {
+        let mesh = Self { cluster };
+        // Tests ask for it side by side; the others wait for the first.
+        let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = cluster.scratch().to_path_buf();
+        if installed.contains(&id) {
+            return Ok(mesh);
+        }
+        mesh.load_images()?;
+        mesh.prepare_nodes()?;
+        cluster.apply(CULVERT)?;
+        cluster.apply(ZTUNNEL)?;
+        for (name, namespace) in [AGENT, PROXY] {
+            mesh.wait_for_rollout(name, namespace)?;
+        }
+        installed.push(id);
+        Ok(mesh)
+    }
+
+    /// Waits until a DaemonSet is rolled out.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_for_rollout(&self, name: &str, namespace: &str) -> Result<()> {
+        let name = format!("daemonset/{name}");
+        let args = [
+            "rollout",
+            "status",
+            "-n",
+            namespace,
+            &name,
+            "--timeout=180s",
+        ];
+        self.cluster.kubectl(&args).map(drop)
+    }
+
+    fn load_images(&self) -> Result<()> {
+        let culvert = Image::new("culvert.test/culvert:1")
+            .program("bin/culvert", binary("CULVERT_BIN", "culvert")?)?
+            .program("bin/culvert-cni", binary("CULVERT_CNI_BIN", "culvert-cni")?)?
+            .entrypoint(&["/bin/culvert"]);
+        let ztunnel = Image::new("culvert.test/ztunnel:1")
+            .program("bin/ztunnel-standin", standin()?)?
+            .entrypoint(&["/bin/ztunnel-standin"]);
+        self.cluster.add_image(&culvert)?;
+        self.cluster.add_image(&ztunnel)
+    }
+
+    /// One authority for all nodes, and no peers yet.
+    fn prepare_nodes(&self) -> Result<()> {
+        let nodes = self.cluster.nodes();
+        let first = nodes.first().context("a cluster without nodes")?;
+        let authority = first.dir().join(FILES).join("ca");
+        if !authority.exists() {
+            let mut make = tool::command(standin()?);
+            tool::run(make.args(["gen-ca", "--dir"]).arg(&authority))?;
+        }
+        for node in &nodes {
+            let to = node.dir().join(FILES).join("ca");
+            if !to.exists() {
+                copy_tree(&authority, &to)?;
+            }
+        }
+        self.set_peers(&Map::new())
+    }
+
+    /// Tells every ztunnel of all pods that are in the mesh by now, as istiod would: who they are, and that they speak
+    /// HBONE. Pods that come later are reached in plaintext until the next call.
+    ///
+    /// # Errors
+    /// When the API server does not answer or a node's files cannot be written.
+    pub fn tell_peers(&self) -> Result<()> {
+        let pods = self.cluster.admin().get(&["pods", "-A"])?;
+        let mut peers = Map::new();
+        for pod in pods["items"].as_array().into_iter().flatten() {
+            if redirection(pod) != Some("enabled") {
+                continue;
+            }
+            let identity = format!(
+                "spiffe://cluster.local/ns/{}/sa/{}",
+                pod["metadata"]["namespace"].as_str().unwrap_or_default(),
+                pod["spec"]["serviceAccountName"]
+                    .as_str()
+                    .unwrap_or("default"),
+            );
+            for address in pod["status"]["podIPs"].as_array().into_iter().flatten() {
+                if let Some(address) = address["ip"].as_str() {
+                    let peer = json!({"identity": identity, "hbone": true});
+                    peers.insert(address.to_owned(), peer);
+                }
+            }
+        }
+        self.set_peers(&peers)
+    }
+
+    fn set_peers(&self, peers: &Map<String, Value>) -> Result<()> {
+        for node in self.cluster.nodes() {
+            let path = node.dir().join(FILES).join("workloads.json");
+            // Renamed into place, so that it is never read half-written.
+            let fresh = path.with_extension("fresh");
+            fs::write(&fresh, Value::from(peers.clone()).to_string())
+                .and_then(|()| fs::rename(&fresh, &path))
+                .with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// What a node's ztunnel has counted since it started: `{"pid": .., "pods": [{"uid": .., "name": .., ..}]}`.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn stats(&self, node: &Node) -> Result<Value> {
+        let path = node.dir().join(FILES).join("stats.sock");
+        let ask = || -> Result<Value> {
+            let mut stream = UnixStream::connect(&path)?;
+            stream.set_read_timeout(Some(ANSWER))?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(serde_json::from_str(&text)?)
+        };
+        ask().with_context(|| format!("asking ztunnel at {}", path.display()))
+    }
+
+    /// What the ztunnel of a pod's node has counted for it.
+    ///
+    /// # Errors
+    /// When there is no such pod, or its ztunnel does not know it.
+    pub fn pod_stats(&self, namespace: &str, pod: &str) -> Result<Value> {
+        let object = self.cluster.admin().get(&["pod", pod, "-n", namespace])?;
+        let node = object["spec"]["nodeName"]
+            .as_str()
+            .with_context(|| format!("{namespace}/{pod} has no node yet"))?;
+        let stats = self.stats(&self.cluster.node(node)?)?;
+        let pods = stats["pods"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        pods.iter()
+            .find(|one| one["uid"] == object["metadata"]["uid"])
+            .cloned()
+            .with_context(|| format!("the ztunnel of {node} serves no {namespace}/{pod}: {stats}"))
+    }
+
+    /// Waits until all pods of a namespace are in the mesh, by the annotation that peers go by.
+    ///
+    /// # Errors
+    /// When one is not in time.
+    pub fn wait_until_enrolled(&self, namespace: &str) -> Result<()> {
+        let what = format!("all pods of {namespace} are in the mesh");
+        let args = ["get", "pods", "-n", namespace, "-o", "json"];
+        let all = |text: &str| {
+            let list: Value = serde_json::from_str(text).unwrap_or_default();
+            let pods = list["items"].as_array();
+            pods.is_some_and(|pods| {
+                !pods.is_empty() && pods.iter().all(|pod| redirection(pod) == Some("enabled"))
+            })
+        };
+        self.cluster
+            .admin()
+            .wait_until(&what, Duration::from_secs(120), &args, all)
+            .map(drop)
+    }
+}
+
+/// What the agent has written about a pod.
+fn redirection(pod: &Value) -> Option<&str> {
+    pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()
+}
+
+fn standin() -> Result<PathBuf> {
+    binary("ZTUNNEL_STANDIN_BIN", "ztunnel-standin")
+}
+
+/// A binary of this workspace: from the environment, or beside the running one.
+fn binary(variable: &str, name: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
+        let path = PathBuf::from(path);
+        ensure!(
+            path.is_file(),
+            "{variable}={} is no file: point it at the {name} binary",
+            path.display()
+        );
+        return Ok(path);
+    }
+    let me = std::env::current_exe().context("finding the running binary")?;
+    // Test binaries lie in target/<profile>/deps, the others in target/<profile>.
+    me.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| {
+            format!(
+                "no {name} binary beside {}: cargo xtask build, or set {variable}",
+                me.display()
+            )
+        })
+}
