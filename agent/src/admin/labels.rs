@@ -92,34 +92,6 @@ labels! {
         Delete = "delete",
     }
 
-    /// How an installation of the plugin went.
-    InstallResult, "result" {
-        /// Well.
-        Success = "SUCCESS",
-        /// The binary could not be copied.
-        CopyBinariesFailure = "COPY_BINARIES_FAILURE",
-        /// The configuration could not be written.
-        CreateCniConfigFailure = "CREATE_CNI_CONFIG_FAILURE",
-    }
-
-    /// What the plugin was answered.
-    ResponseCode, "response_code" {
-        /// Done.
-        Ok = "200",
-        /// The request makes no sense.
-        BadRequest = "400",
-        /// There is no such path, or no such pod.
-        NotFound = "404",
-        /// The pod cannot be enrolled, now or ever.
-        Conflict = "409",
-        /// The agent failed.
-        InternalError = "500",
-        /// Not now: try again.
-        Unavailable = "503",
-        /// It took longer than the plugin waits.
-        Timeout = "504",
-    }
-
     /// What the plugin asked for.
     CniCommand, "command" {
         /// A pod starts.
@@ -200,28 +172,6 @@ labels! {
         Timeout = "timeout",
         /// The connection ended first.
         Lost = "lost",
-    }
-
-    /// Why a watch began anew.
-    WatchRestart, "reason" {
-        /// The API server ended it.
-        Ended = "ended",
-        /// The API server does not know that version any more.
-        Expired = "expired",
-        /// Nothing was heard for too long.
-        Silent = "silent",
-        /// It failed.
-        Error = "error",
-        /// The API server refused us.
-        Denied = "denied",
-    }
-
-    /// Who opened a connection from the node to a pod.
-    ProbeOrigin, "source" {
-        /// The kubelet.
-        Kubelet = "kubelet",
-        /// Some process of the node's network namespace.
-        Node = "node",
     }
 
     /// What was written to the API server.

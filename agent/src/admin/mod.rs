@@ -2,6 +2,7 @@
 //!
 //! Shows what others know; changes nothing but the log level.
 
+mod book;
 mod connections;
 pub mod labels;
 mod listen;
@@ -9,9 +10,12 @@ pub mod logging;
 pub mod metrics;
 pub mod readiness;
 mod routes;
+mod sampled;
 pub mod server;
 pub mod shutdown;
+mod sources;
 pub mod status;
+mod timing;
 pub mod verdicts;
 
 pub use logging::LogControl;
@@ -20,3 +24,4 @@ pub use readiness::{Liveness, Readiness, Task};
 pub use server::{Admin, AdminError};
 pub use shutdown::Shutdown;
 pub use status::StatusReport;
+pub use timing::timed;

@@ -7,6 +7,7 @@ use culvert::{
     admin::logging,
     config::{AgentArgs, Config, Environment, settings},
     daemon,
+    kernel::privileges,
 };
 
 use super::{
@@ -38,6 +39,8 @@ pub(super) fn run(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode>
         return Ok(ExitCode::SUCCESS);
     }
     let log = logging::start(&loaded.config.log_level, loaded.config.log_format)?;
+    // Before there is a second thread: capabilities are each thread's own.
+    privileges::drop_others()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(loaded.config.enrolment_concurrency.get() + SPARE_BLOCKING)

@@ -74,7 +74,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     exclude_namespaces: Option<Vec<String>>,
     /// The agent's socket.
-    #[arg(long, env = "CULVERT_SOCKET", value_name = "FILE")]
+    #[arg(long, env = "CULVERT_AGENT_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
     /// Print what would change, and change nothing.
     #[arg(long)]

@@ -55,6 +55,9 @@ pub(super) fn check(config: &Config, found: &mut Resolver<'_>) {
             "set it to 256 at most",
         );
     }
+    if config.otlp_endpoint.is_some() {
+        found.warn("otlp-endpoint is set, and this build sends no traces: leave it out".to_owned());
+    }
     if let Some(endpoint) = &config.otlp_endpoint
         && endpoint
             .parse::<http::Uri>()
@@ -125,15 +128,12 @@ fn cni(config: &Config, found: &mut Resolver<'_>) {
             "set one of cni-own-config=true and cni-chained=false",
         );
     }
-    let conf_name = config
-        .cni_conf_name
-        .iter()
-        .map(|name| ("cni-conf-name", name));
-    let own_name = config
-        .cni_own_config_name
-        .iter()
-        .map(|name| ("cni-own-config-name", name));
-    for (key, name) in conf_name.chain(own_name) {
+    let names = [
+        ("cni-conf-name", &config.cni_conf_name),
+        ("cni-own-config-name", &config.cni_own_config_name),
+    ];
+    for (key, name) in names {
+        let Some(name) = name else { continue };
         let path = Path::new(name);
         let known = path
             .extension()
@@ -143,6 +143,21 @@ fn cni(config: &Config, found: &mut Resolver<'_>) {
                 key,
                 format!("`{name}` is no name of a network configuration"),
                 "set it to a file's name alone, ending in .conf, .conflist or .json",
+            );
+        }
+    }
+    for (key, value) in [
+        ("plugin-budget", config.plugin_budget),
+        ("decision-max-age", config.decision_max_age),
+    ] {
+        if value.subsec_nanos() != 0 {
+            found.wrong(
+                key,
+                format!(
+                    "{} is no number of seconds, in which the plugin counts",
+                    value.show()
+                ),
+                "leave out the fraction",
             );
         }
     }

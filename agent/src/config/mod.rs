@@ -17,7 +17,7 @@ pub use resolve::{Environment, Loaded, Origin, Problem, Problems};
 pub use show::{Setting, settings};
 pub use values::{
     AgentAway, DnsScope, EnablementSelectors, Grace, Listen, LogFormat, LogLevel, OwnConfig,
-    ProbeSource, Value,
+    Patterns, ProbeSource, Value,
 };
 
 use resolve::Resolver;
@@ -104,13 +104,17 @@ settings! {
     /// Unix socket at which ztunnel asks for the node's pods.
     zds_socket: PathBuf = "/var/run/ztunnel/ztunnel.sock".into(), "zds-socket", or "ZTUNNEL_UDS_ADDRESS";
     /// Unix socket for the plugin and `culvert status`; by default agent.sock in the run directory.
-    agent_socket: PathBuf = "/run/culvert/agent.sock".into(), "agent-socket";
+    agent_socket: PathBuf = culvert_cni::api::SOCKET.into(), "agent-socket";
     /// File that tells the plugin what it may decide while the agent is away; survives a reboot.
-    decision_file: PathBuf = "/var/lib/culvert/decisions.json".into(), "decision-file";
+    decision_file: PathBuf = culvert_cni::decisions::FILE.into(), "decision-file";
+    /// How long the plugin trusts that file.
+    decision_max_age: Duration = Duration::from_secs(24 * 60 * 60), "decision-max-age";
     /// Put the CNI plugin and its configuration in place, and keep them there.
     cni_install: bool = true, "cni-install";
     /// The plugin to install; by default culvert-cni beside this program.
-    cni_plugin: Option<PathBuf> = None, "cni-plugin";
+    plugin_binary: Option<PathBuf> = None, "plugin-binary";
+    /// Where the plugin writes its log, on the host.
+    plugin_log: PathBuf = "/var/log/culvert-cni.log".into(), "plugin-log";
     /// Directory where the container runtime looks for plugins, as seen from here.
     cni_bin_dir: PathBuf = "/opt/cni/bin".into(), "cni-bin-dir";
     /// Directory of the container runtime's network configurations, as seen from here.
@@ -131,6 +135,8 @@ settings! {
     system_namespace: String = "istio-system".to_owned(), "system-namespace", or "SYSTEM_NAMESPACE";
     /// Who belongs to the mesh: YAML, a list of {podSelector, namespaceSelector}; by default the label istio.io/dataplane-mode.
     enablement_selectors: EnablementSelectors = EnablementSelectors::default(), "enablement-selectors", or "AMBIENT_ENABLEMENT_SELECTOR";
+    /// Runtime classes whose pods have a kernel of their own and cannot be captured, beside gvisor*, runsc* and kata*.
+    sandboxed_runtime_classes: Patterns = Patterns::default(), "sandboxed-runtime-classes";
     /// Send the pods' DNS queries to ztunnel, unless an annotation says otherwise.
     dns_capture: bool = true, "dns-capture", or "AMBIENT_DNS_CAPTURE";
     /// Which queries: all to port 53, or those to the resolvers in the pod's resolv.conf.
@@ -141,7 +147,7 @@ settings! {
     probe_source: ProbeSource = ProbeSource::Kubelet, "probe-source";
     /// How long new connections wait for a ztunnel that is away before they are refused; 0 refuses at once.
     ztunnel_grace: Grace = Grace(Some(Duration::from_secs(10))), "ztunnel-grace";
-    /// What the plugin lets start while the agent is away: nothing, or pods that the last decisions put outside the mesh.
+    /// What the plugin lets start while the agent is away, beside excluded namespaces: nothing, or what the last decisions put outside the mesh.
     agent_away: AgentAway = AgentAway::Decisions, "agent-away";
     /// How long the plugin tries to reach the agent and have a pod enrolled.
     plugin_budget: Duration = Duration::from_secs(25), "plugin-budget";

@@ -8,6 +8,8 @@ use std::{
 
 use serde::Serialize;
 
+use crate::plan::membership::parse_selectors;
+
 /// A kind of value.
 pub trait Value: Sized + Clone {
     /// What values look like, for help and error texts.
@@ -160,16 +162,7 @@ impl Value for BTreeSet<String> {
     const SHAPE: &'static str = "NAME,...";
 
     fn parse(text: &str) -> Result<Self, String> {
-        let names: Vec<String> = if text.trim_start().starts_with('[') {
-            serde_json::from_str(text).map_err(|_| format!("`{text}` is no list of names"))?
-        } else {
-            text.split(',').map(str::to_owned).collect()
-        };
-        let names: Self = names
-            .iter()
-            .map(|n| n.trim().to_owned())
-            .filter(|n| !n.is_empty())
-            .collect();
+        let names: Self = list(text)?.into_iter().collect();
         match names.iter().find(|n| !is_dns_label(n)) {
             Some(wrong) => Err(format!("`{wrong}` can be no namespace's name")),
             None => Ok(names),
@@ -179,6 +172,44 @@ impl Value for BTreeSet<String> {
     fn show(&self) -> String {
         self.iter().cloned().collect::<Vec<_>>().join(",")
     }
+}
+
+/// Names, or beginnings of names followed by `*`.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Patterns(pub Vec<String>);
+
+impl Value for Patterns {
+    const SHAPE: &'static str = "NAME|PREFIX*,...";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let words: Vec<String> = list(text)?;
+        let wrong = |word: &&String| {
+            let name = word.strip_suffix('*').unwrap_or(word);
+            let name = name.strip_suffix('-').unwrap_or(name);
+            !is_dns_subdomain(name)
+        };
+        match words.iter().find(wrong) {
+            Some(word) => Err(format!(
+                "`{word}` is neither a name nor the beginning of one with a * behind it"
+            )),
+            None => Ok(Self(words)),
+        }
+    }
+
+    fn show(&self) -> String {
+        self.0.join(",")
+    }
+}
+
+/// Words between commas, or a list as a file has it.
+fn list(text: &str) -> Result<Vec<String>, String> {
+    let words: Vec<String> = if text.trim_start().starts_with('[') {
+        serde_json::from_str(text).map_err(|_| format!("`{text}` is no list of names"))?
+    } else {
+        text.split(',').map(str::to_owned).collect()
+    };
+    let words = words.iter().map(|n| n.trim().to_owned());
+    Ok(words.filter(|n| !n.is_empty()).collect())
 }
 
 /// RFC 1123 label: what a namespace may be called.
@@ -331,10 +362,13 @@ impl Value for EnablementSelectors {
     fn parse(text: &str) -> Result<Self, String> {
         let value: serde_json::Value =
             serde_saphyr::from_str(text).map_err(|e| format!("it is no YAML: {e}"))?;
-        match value {
+        match &value {
             serde_json::Value::Null => Ok(Self(None)),
             serde_json::Value::Array(list) if list.is_empty() => Ok(Self(None)),
-            serde_json::Value::Array(_) => Ok(Self(Some(value))),
+            serde_json::Value::Array(_) => {
+                parse_selectors(&value.to_string())?;
+                Ok(Self(Some(value)))
+            }
             _ => Err("it is no list of {podSelector, namespaceSelector}".to_owned()),
         }
     }

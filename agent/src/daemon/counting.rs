@@ -104,3 +104,9 @@ pub(super) fn verdicts(metrics: &Metrics, node: &Arc<Node>) {
         Some(counts.collect())
     }));
 }
+
+/// Connections from the node to enrolled pods.
+pub(super) fn probes(metrics: &Metrics, node: &Arc<Node>) {
+    let node = Arc::clone(node);
+    metrics.count_probes(move || node.maps().probe_counts.get().ok());
+}

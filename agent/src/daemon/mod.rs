@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    admin::{Admin, Liveness, LogControl, Metrics, Readiness, Shutdown},
+    admin::{self, Admin, Liveness, LogControl, Metrics, Readiness, Shutdown},
     cni_server,
     config::{Config, Loaded},
     kernel::{LoadOptions, Netns, Node, pod, track},
@@ -107,6 +107,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         end.clone(),
     ));
     counting::verdicts(&metrics, &node);
+    counting::probes(&metrics, &node);
     tasks.spawn({
         let (reconciler, end) = (reconciler.clone(), end.clone());
         async move { reconciler.run(end).await }
@@ -142,7 +143,13 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         zds,
         reconciler: reconciler.clone(),
     };
-    let app = cni_server::router(requests, Arc::clone(&counters)).merge(serving::status(status));
+    metrics.count_plugin(&counters);
+    metrics.count_watch(&source);
+    let app = admin::timed(
+        cni_server::router(requests, Arc::clone(&counters)),
+        &metrics,
+    )
+    .merge(serving::status(status));
     let listener = cni_server::Listener::bind(&config.agent_socket)?;
     tasks.spawn({
         let end = end.clone();

@@ -75,12 +75,13 @@ impl From<&Config> for Options {
             },
             excluded_namespaces: config.excluded_namespaces.clone(),
             decision_file: config.decision_file.clone(),
-            ..Keys::default()
+            decision_max_age_seconds: config.decision_max_age.as_secs().max(1),
+            log_file: config.plugin_log.clone(),
         };
         Self {
             bin_dir: config.cni_bin_dir.clone(),
             conf_dir: config.cni_conf_dir.clone(),
-            plugin: config.cni_plugin.clone().unwrap_or_else(beside_us),
+            plugin: config.plugin_binary.clone().unwrap_or_else(beside_us),
             mode: match config.cni_own_config {
                 _ if !config.cni_chained => Mode::Standalone,
                 OwnConfig::Auto => Mode::Auto,
