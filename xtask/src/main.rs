@@ -12,6 +12,7 @@ mod cluster;
 mod cmd;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod host;
 mod inputs;
 mod lint;
@@ -41,8 +42,10 @@ enum Verb {
     Unload,
     /// Watch unmodified programs in network namespaces be carried through a ztunnel, every line checked (root)
     Demo(demo::Args),
-    /// Run the tests: `unit`, `e2e` (root), `cluster` (root), `vm`, or all of them
+    /// Run the tests: `unit`, `fuzz`, `e2e` (root), `cluster` (root), `vm`, or all of them
     Test(test::Args),
+    /// Feed parsers of foreign input with what a fuzzer makes up
+    Fuzz(fuzz::Args),
     /// Measure against plain loopback, iptables and nftables; results go to target/bench (root)
     Bench(bench::Args),
     /// A real Kubernetes on this machine: build, up, down, status, shell, kubectl (root)
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Verb::Unload => unload::main(),
         Verb::Demo(args) => demo::main(&args),
         Verb::Test(args) => test::main(&args),
+        Verb::Fuzz(args) => fuzz::main(&args),
         Verb::Bench(args) => bench::main(&args),
         Verb::Cluster(args) => cluster::main(&args),
         Verb::Lint => lint::main(),

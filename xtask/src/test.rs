@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    bins, cluster, cmd, ebpf, host,
+    bins, cluster, cmd, ebpf, fuzz, host,
     project::{Profile, Project},
     vm,
 };
@@ -33,6 +33,8 @@ const CLUSTER_THREADS: &str = "2";
 enum Suite {
     /// Decisions, plans, parsers, tools: needs nothing
     Unit,
+    /// Each fuzz target for half a minute; `cargo xtask fuzz` has more to choose: needs a C++ compiler
+    Fuzz,
     /// Real programs in network namespaces of this machine: needs root
     E2e,
     /// A real Kubernetes on this machine: needs root
@@ -60,7 +62,13 @@ pub(crate) struct Args {
 pub(crate) fn main(args: &Args) -> Result<()> {
     let suites = match args.suite {
         Some(suite) => vec![suite],
-        None => vec![Suite::Unit, Suite::E2e, Suite::Cluster, Suite::Vm],
+        None => vec![
+            Suite::Unit,
+            Suite::Fuzz,
+            Suite::E2e,
+            Suite::Cluster,
+            Suite::Vm,
+        ],
     };
     if suites.contains(&Suite::E2e) || suites.contains(&Suite::Cluster) {
         // Known beforehand, so said beforehand.
@@ -72,6 +80,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         eprintln!("== {suite:?}");
         let result = match suite {
             Suite::Unit => unit(&project, &args.filter),
+            Suite::Fuzz => fuzz::run(&project, &args.filter),
             Suite::E2e => e2e(&project, &args.filter),
             Suite::Cluster => on_a_cluster(&project, &args.filter),
             Suite::Vm => vm::run(&args.filter),

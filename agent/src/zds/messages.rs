@@ -5,6 +5,9 @@
 
 use prost::Message as _;
 
+use super::conversation::{Message, Workload};
+use crate::model::PodUid;
+
 /// The longest packet either side reads.
 pub const MAX_PACKET: usize = 1024;
 
@@ -106,6 +109,18 @@ pub struct WorkloadResponse {
 }
 
 impl Request {
+    /// The message for a pod; its descriptor goes beside it.
+    pub(super) fn add(uid: &PodUid, workload: &Workload) -> Self {
+        Self::Add(AddWorkload {
+            uid: uid.as_str().to_owned(),
+            workload_info: Some(WorkloadInfo {
+                name: workload.name.clone(),
+                namespace: workload.namespace.clone(),
+                service_account: workload.service_account.clone(),
+            }),
+        })
+    }
+
     /// The packet that carries it.
     #[must_use]
     pub fn into_packet(self) -> Vec<u8> {
@@ -113,6 +128,21 @@ impl Request {
             payload: Some(self),
         }
         .encode_to_vec()
+    }
+}
+
+impl<N> From<Message<N>> for Request {
+    fn from(message: Message<N>) -> Self {
+        match message {
+            Message::Add { uid, workload, .. } => Self::add(&uid, &workload),
+            Message::Keep { uid } => Self::Keep(KeepWorkload {
+                uid: uid.as_str().to_owned(),
+            }),
+            Message::SnapshotSent => Self::SnapshotSent(SnapshotSent {}),
+            Message::Del { uid } => Self::Del(DelWorkload {
+                uid: uid.as_str().to_owned(),
+            }),
+        }
     }
 }
 

@@ -4,6 +4,8 @@
 //! `registry` who is told, `socket` how packets travel, `server` the tasks that join them.
 
 mod conversation;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod messages;
 mod registry;
 mod server;

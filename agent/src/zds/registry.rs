@@ -14,7 +14,7 @@ use super::{
         Conversation, Generation, Heard, Patience, PeerState, Reason, RemovalId, Said, Step,
         Wanted, Workload,
     },
-    messages::{AddWorkload, MAX_PACKET, Request, WorkloadInfo},
+    messages::{MAX_PACKET, Request},
 };
 use crate::model::PodUid;
 
@@ -426,21 +426,9 @@ impl<N: Clone + PartialEq> Registry<N> {
     }
 }
 
-/// The message for a pod, without its descriptor.
-pub(super) fn add_message(uid: &PodUid, workload: &Workload) -> Request {
-    Request::Add(AddWorkload {
-        uid: uid.as_str().to_owned(),
-        workload_info: Some(WorkloadInfo {
-            name: workload.name.clone(),
-            namespace: workload.namespace.clone(),
-            service_account: workload.service_account.clone(),
-        }),
-    })
-}
-
 /// `Add` is the longest message about a pod: when it fits, all do.
 fn fits(uid: &PodUid, workload: &Workload) -> Result<(), AddError> {
-    let length = add_message(uid, workload).into_packet().len();
+    let length = Request::add(uid, workload).into_packet().len();
     if length > MAX_PACKET {
         return Err(AddError::TooLong(length));
     }

@@ -17,8 +17,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     conversation::{Generation, Message, Patience, PeerState, Reason, RemovalId, Step, Workload},
-    messages::{DelWorkload, KeepWorkload, Request, SnapshotSent},
-    registry::{AddError, Adding, Output, PeerId, Registry, Removed, add_message},
+    messages::Request,
+    registry::{AddError, Adding, Output, PeerId, Registry, Removed},
     socket::{Connection, Credentials, Error, Listener},
 };
 use crate::model::PodUid;
@@ -590,28 +590,14 @@ async fn send(
     message: Message<Netns>,
     until: tokio::time::Instant,
 ) -> Result<(), Reason> {
-    let (request, netns) = match message {
-        Message::Add {
-            uid,
-            workload,
-            netns,
-        } => (add_message(&uid, &workload), Some(netns)),
-        Message::Keep { uid } => (
-            Request::Keep(KeepWorkload {
-                uid: uid.as_str().to_owned(),
-            }),
-            None,
-        ),
-        Message::SnapshotSent => (Request::SnapshotSent(SnapshotSent {}), None),
-        Message::Del { uid } => (
-            Request::Del(DelWorkload {
-                uid: uid.as_str().to_owned(),
-            }),
-            None,
-        ),
+    let netns = match &message {
+        Message::Add { netns, .. } => Some(netns.clone()),
+        _ => None,
     };
     let fd = netns.as_ref().map(|netns| netns.fd.as_fd());
-    let tries = connection.send(&request.into_packet(), fd, until).await?;
+    let tries = connection
+        .send(&Request::from(message).into_packet(), fd, until)
+        .await?;
     shared.lock().send_retries += u64::from(tries);
     Ok(())
 }

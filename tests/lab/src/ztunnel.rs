@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -91,11 +91,16 @@ impl Ztunnel {
     }
 
     /// Starts one and does not wait.
+    pub fn launch(lab: &Lab, zds: &Zds, options: &ZtunnelOptions) -> Result<Self> {
+        Self::launch_at(lab, zds.path(), options)
+    }
+
+    /// Starts one that looks for its node agent at a path, and does not wait.
     #[expect(
         clippy::disallowed_methods,
         reason = "the stand-in is a program of its own"
     )]
-    pub fn launch(lab: &Lab, zds: &Zds, options: &ZtunnelOptions) -> Result<Self> {
+    pub fn launch_at(lab: &Lab, zds: &Path, options: &ZtunnelOptions) -> Result<Self> {
         let binary = standin_binary()?;
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let stats = lab.scratch().join(format!("ztunnel-{serial}.stats"));
@@ -104,7 +109,7 @@ impl Ztunnel {
         let mut command = Command::new(binary);
         command
             .arg("--zds")
-            .arg(zds.path())
+            .arg(zds)
             .arg("--stats")
             .arg(&stats)
             .arg("--workloads")

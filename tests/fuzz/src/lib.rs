@@ -1,0 +1,13 @@
+//! The fuzz targets as functions: each takes bytes from outside and must not panic, whatever they are.
+//!
+//! A new target is a file here, a line in [`TARGETS`], a program in `fuzz_targets/`, a `[[bin]]` and a corpus of its name.
+
+mod zds_frame;
+
+pub use zds_frame::zds_frame;
+
+/// A target: its name, and what takes the bytes.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: &[Target] = &[("zds_frame", zds_frame)];

@@ -1,0 +1,228 @@
+//! `cargo xtask fuzz`: libFuzzer over the targets of `tests/fuzz`, side by side, for so many seconds each. What it finds out
+//! on the way stays in `target/fuzz`; only `--keep` puts it into the tree. No nightly compiler and no cargo-fuzz is needed.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cmd, ebpf, project::Project};
+
+/// How long each target runs where nothing else is said, as in CI.
+const SECONDS: u32 = 30;
+/// The last lines of a log that tell what went wrong.
+const TAIL: usize = 40;
+
+/// Options of `fuzz`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Which target; all of them if left out
+    target: Option<String>,
+    /// How long each runs
+    #[arg(long, default_value_t = SECONDS)]
+    seconds: u32,
+    /// Add what has reached new code to the corpus in the tree
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Runs the verb.
+pub(crate) fn main(args: &Args) -> Result<()> {
+    let project = Project::find();
+    let targets = match &args.target {
+        Some(target) => select(&project, std::slice::from_ref(target))?,
+        None => targets(&project)?,
+    };
+    fuzz(&project, &targets, args.seconds)?;
+    if args.keep {
+        for target in &targets {
+            keep(&project, target)?;
+        }
+    }
+    Ok(())
+}
+
+/// The suite: every target, or those named.
+pub(crate) fn run(project: &Project, filter: &[String]) -> Result<()> {
+    let targets = if filter.is_empty() {
+        targets(project)?
+    } else {
+        select(project, filter)?
+    };
+    fuzz(project, &targets, SECONDS)
+}
+
+/// Names of all targets: each is a file.
+fn targets(project: &Project) -> Result<Vec<String>> {
+    let dir = sources(project).join("fuzz_targets");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))? {
+        let path = entry?.path();
+        if let Some(name) = path.file_stem().and_then(|name| name.to_str()) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    if names.is_empty() {
+        bail!("no fuzz target in {}", dir.display());
+    }
+    Ok(names)
+}
+
+fn select(project: &Project, wanted: &[String]) -> Result<Vec<String>> {
+    let known = targets(project)?;
+    for name in wanted {
+        if !known.contains(name) {
+            bail!("no fuzz target `{name}`; there are {}", known.join(", "));
+        }
+    }
+    Ok(wanted.to_vec())
+}
+
+fn fuzz(project: &Project, targets: &[String], seconds: u32) -> Result<()> {
+    build(project, targets)?;
+    let mut running = Vec::new();
+    for target in targets {
+        running.push(Run::start(project, target, seconds)?);
+    }
+    let mut failed = Vec::new();
+    for run in running {
+        let (target, log) = (run.target.clone(), run.log.clone());
+        if let Err(error) = run.finish() {
+            eprintln!("error: {target}: {error:#}");
+            eprintln!("{}", tail(&log));
+            failed.push(target);
+        }
+    }
+    if !failed.is_empty() {
+        bail!(
+            "fuzz targets failed: {}; what they failed on is in {} (run a target's program with such a file to see it again)",
+            failed.join(", "),
+            project.target.join("fuzz").display()
+        );
+    }
+    Ok(())
+}
+
+/// Only the packages of the workspace are compiled again, with coverage.
+fn build(project: &Project, targets: &[String]) -> Result<()> {
+    ebpf::ensure(project)?;
+    let mut command = cmd::cargo(project);
+    command
+        .env("RUSTC_WORKSPACE_WRAPPER", sources(project).join("rustc.sh"))
+        .args(["build", "--locked", "--package", "culvert-fuzz"])
+        .args(["--features", "libfuzzer"]);
+    for target in targets {
+        command.args(["--bin", target]);
+    }
+    cmd::run(&mut command).context("building the fuzz targets (libFuzzer needs a C++ compiler)")
+}
+
+struct Run {
+    target: String,
+    log: PathBuf,
+    child: Child,
+}
+
+impl Run {
+    fn start(project: &Project, target: &str, seconds: u32) -> Result<Self> {
+        let found = project.target.join("fuzz").join(target);
+        let corpus = found.join("corpus");
+        fs::create_dir_all(&corpus).with_context(|| format!("cannot make {}", corpus.display()))?;
+        let log = found.join("log");
+        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let mut command = program(project, target);
+        command
+            .arg(format!("-max_total_time={seconds}"))
+            .arg(format!("-artifact_prefix={}/", found.display()))
+            .args(["-timeout=10", "-rss_limit_mb=1024", "-print_final_stats=1"])
+            // The first takes in what is new; the tree's is only read.
+            .arg(&corpus)
+            .arg(kept(project, target))
+            .stdout(file.try_clone()?)
+            .stderr(file);
+        eprintln!("{target}: {seconds} s, log in {}", log.display());
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot run `{}`", cmd::show(&command)))?;
+        Ok(Self {
+            target: target.to_owned(),
+            log,
+            child,
+        })
+    }
+
+    fn finish(mut self) -> Result<()> {
+        let status = self.child.wait()?;
+        if !status.success() {
+            bail!("{status}");
+        }
+        let log = fs::read_to_string(&self.log)?;
+        let runs = executed(&log).context("it does not say how many inputs it tried")?;
+        if runs == 0 {
+            bail!("it tried no input");
+        }
+        eprintln!("{}: {runs} inputs, none failed", self.target);
+        Ok(())
+    }
+}
+
+/// Adds what covers more than the tree's corpus does.
+fn keep(project: &Project, target: &str) -> Result<()> {
+    let found = project.target.join("fuzz").join(target).join("corpus");
+    let mut command = program(project, target);
+    command
+        .arg("-merge=1")
+        .arg(kept(project, target))
+        .arg(found);
+    cmd::run(&mut command)
+}
+
+fn program(project: &Project, target: &str) -> Command {
+    cmd::command(project.binaries(crate::project::Profile::Dev).join(target))
+}
+
+fn sources(project: &Project) -> PathBuf {
+    project.root.join("tests/fuzz")
+}
+
+fn kept(project: &Project, target: &str) -> PathBuf {
+    sources(project).join("corpus").join(target)
+}
+
+/// libFuzzer's own count.
+fn executed(log: &str) -> Option<u64> {
+    let line = log
+        .lines()
+        .find_map(|line| line.strip_prefix("stat::number_of_executed_units:"))?;
+    line.trim().parse().ok()
+}
+
+fn tail(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(TAIL)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_count_is_read_from_the_final_statistics() {
+        let log = "#2 INITED\nstat::number_of_executed_units: 1234\nstat::peak_rss_mb: 40\n";
+        assert_eq!(executed(log), Some(1234));
+        assert_eq!(executed("#2 INITED\n"), None);
+    }
+
+    #[test]
+    fn a_target_that_is_not_there_is_named() {
+        let project = Project::find();
+        let error = select(&project, &["nonesuch".into()]).unwrap_err();
+        assert!(error.to_string().contains("zds_frame"), "{error}");
+    }
+}
