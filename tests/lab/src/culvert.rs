@@ -96,7 +96,7 @@ impl Lab {
     /// Starts it as somebody and lets it run.
     pub fn culvert_spawn_as(&self, creds: Creds, args: &[&str]) -> Result<Child> {
         let command = self.culvert_command(args)?;
-        Child::start(self.node(), Place::Machine, creds, command)
+        Child::start(self.node(), Place::Machine, None, creds, command)
     }
 
     /// Attaches a namespace with further arguments, and fails unless that worked.

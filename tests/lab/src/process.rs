@@ -21,6 +21,7 @@ use crate::Ns;
 use crate::creds::Creds;
 use crate::lab::keep;
 use crate::ns::Place;
+use crate::pidns::Inside;
 
 /// How much of its output a program that is dropped in a failing test shows.
 const TAIL: usize = 30;
@@ -53,7 +54,7 @@ impl Ns {
 
     /// Starts a program as somebody.
     pub fn spawn_as(&self, creds: Creds, command: Command) -> Result<Child> {
-        Child::start(self, Place::Lab, creds, command)
+        Child::start(self, Place::Lab, None, creds, command)
     }
 
     /// Runs a program here, in the lab's cgroup, to its end.
@@ -70,7 +71,13 @@ impl Ns {
 }
 
 impl Child {
-    pub(crate) fn start(ns: &Ns, place: Place, creds: Creds, mut command: Command) -> Result<Self> {
+    pub(crate) fn start(
+        ns: &Ns,
+        place: Place,
+        pids: Option<Inside>,
+        creds: Creds,
+        mut command: Command,
+    ) -> Result<Self> {
         let program = command.get_program().to_string_lossy().into_owned();
         let base = Path::new(&program)
             .file_name()
@@ -95,6 +102,7 @@ impl Child {
         let waiter = move || {
             let started = ns
                 .enter(place)
+                .and_then(|()| pids.map_or(Ok(()), |pids| pids.enter()))
                 .and_then(|()| creds.apply().with_context(|| format!("becoming {creds}")))
                 .and_then(|()| {
                     command

@@ -11,7 +11,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use crate::{Child, Family, Lab, Ns, Zds, paths};
+use crate::ns::Place;
+use crate::pidns::Inside;
+use crate::{Child, Creds, Family, Lab, Ns, PidNs, Zds, paths};
 
 /// How long it may take until it has had its snapshot; emulated machines are slow.
 const START: Duration = Duration::from_secs(20);
@@ -24,6 +26,7 @@ pub struct ZtunnelOptions {
     workloads: Map<String, Value>,
     drain: u64,
     args: Vec<String>,
+    pids: Option<Inside>,
 }
 
 impl Default for ZtunnelOptions {
@@ -32,6 +35,7 @@ impl Default for ZtunnelOptions {
             workloads: Map::new(),
             drain: 5,
             args: Vec::new(),
+            pids: None,
         }
     }
 }
@@ -62,6 +66,12 @@ impl ZtunnelOptions {
     /// How many seconds connections may go on after SIGTERM.
     pub fn drain(mut self, seconds: u64) -> Self {
         self.drain = seconds;
+        self
+    }
+
+    /// In this PID namespace.
+    pub fn inside(mut self, pids: &PidNs) -> Self {
+        self.pids = Some(pids.inside());
         self
     }
 
@@ -118,7 +128,13 @@ impl Ztunnel {
         command
             .args(["--drain", &options.drain.to_string()])
             .args(&options.args);
-        let child = lab.node().spawn(command)?;
+        let child = Child::start(
+            lab.node(),
+            Place::Lab,
+            options.pids.clone(),
+            Creds::Root,
+            command,
+        )?;
         Ok(Self {
             child,
             stats,
