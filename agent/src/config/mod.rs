@@ -145,6 +145,8 @@ settings! {
     ipv6: bool = true, "ipv6", or "AMBIENT_IPV6";
     /// Whose connections from the node to enrolled pods count as probes and pass by ztunnel.
     probe_source: ProbeSource = ProbeSource::Kubelet, "probe-source";
+    /// Names of executables that are, or contain, a kubelet.
+    kubelet_names: BTreeSet<String> = crate::kernel::kubelet::NAMES.map(str::to_owned).into(), "kubelet-names";
     /// How long new connections wait for a ztunnel that is away before they are refused; 0 refuses at once.
     ztunnel_grace: Grace = Grace(Some(Duration::from_secs(10))), "ztunnel-grace";
     /// What the plugin lets start while the agent is away, beside excluded namespaces: nothing, or what the last decisions put outside the mesh.

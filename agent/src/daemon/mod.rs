@@ -4,6 +4,7 @@
 //! (the API server, ztunnel, the CNI configuration) is waited for under a name in /readyz.
 
 mod counting;
+mod probes;
 mod requests;
 mod serving;
 mod ztunnels;
@@ -57,7 +58,9 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     let programs = readiness.task("programs");
     programs.set_not_ready("not loaded yet");
 
+    probes::check(&config)?;
     let (node, home) = load(&config).await?;
+    let _kubelet = probes::follow(&config, &node)?;
     programs.set_ready();
     let settings = settings(&config)?;
     let source = Arc::new(source(&config, &settings).await?);
@@ -187,7 +190,7 @@ async fn load(config: &Config) -> Result<(Arc<Node>, u64)> {
         bpffs: config.bpffs.clone(),
         cgroup_root: config.cgroup_root.clone(),
         dns_cgroup: config.dns_cgroup.clone(),
-        probe_source: Some(serving::probe_source(config.probe_source)),
+        probe_source: Some(probes::source(config.probe_source)),
     };
     tokio::task::spawn_blocking(move || {
         let (node, report) = Node::load(&options)?;

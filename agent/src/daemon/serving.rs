@@ -7,7 +7,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{Readiness, StatusReport, server::Bound, status::ZtunnelStatus},
-    config::ProbeSource,
     reconcile::{Reconciler, live::Live},
     zds,
 };
@@ -16,15 +15,6 @@ use crate::{
 pub(super) async fn admin(bound: Bound, end: CancellationToken) {
     if let Err(error) = bound.serve(end).await {
         tracing::error!(%error, "health and metrics are not served any more");
-    }
-}
-
-/// In the kernel's terms.
-pub(super) fn probe_source(source: ProbeSource) -> u32 {
-    use culvert_ebpf::abi::{PROBES_NODE, PROBES_NONE};
-    match source {
-        ProbeSource::Kubelet | ProbeSource::Node => PROBES_NODE,
-        ProbeSource::None => PROBES_NONE,
     }
 }
 

@@ -220,9 +220,9 @@ fn wrong_settings_are_refused() {
         ),
         (
             vec!["--ztunnel", "4194305"],
-            vec!["4194305", "running ztunnel"],
+            vec!["4194305", "running process"],
         ),
-        (vec!["--ztunnel", "0"], vec!["running ztunnel"]),
+        (vec!["--ztunnel", "0"], vec!["running process"]),
         (vec!["--ztunnel", &thread], vec!["thread", "leader"]),
         (
             vec!["--virtual-interface", "sixteen-bytes-xx"],

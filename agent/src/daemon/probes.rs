@@ -1,0 +1,47 @@
+//! Whose probes pass by ztunnel: the kubelet followed, and what is in force said.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    config::{Config, ProbeSource},
+    kernel::{
+        Node,
+        kubelet::{self, Follower, InForce},
+    },
+};
+
+/// In the kernel's terms.
+pub(super) fn source(source: ProbeSource) -> u32 {
+    use culvert_ebpf::abi::{PROBES_KUBELET, PROBES_NODE, PROBES_NONE};
+    match source {
+        ProbeSource::Kubelet => PROBES_KUBELET,
+        ProbeSource::Node => PROBES_NODE,
+        ProbeSource::None => PROBES_NONE,
+    }
+}
+
+/// Fails where the kubelet was asked for and cannot be told from others: to let every process pass is not for us to
+/// decide.
+pub(super) fn check(config: &Config) -> Result<()> {
+    match config.probe_source {
+        ProbeSource::Kubelet => kubelet::check().context("probe-source: kubelet"),
+        ProbeSource::Node | ProbeSource::None => Ok(()),
+    }
+}
+
+/// Follows the kubelet for as long as what is returned lives, if it is the kubelet that may vouch.
+pub(super) fn follow(config: &Config, node: &Arc<Node>) -> Result<Option<Follower>> {
+    if config.probe_source != ProbeSource::Kubelet {
+        return Ok(None);
+    }
+    let names = config.kubelet_names.iter().cloned().collect();
+    let follower = Follower::start(Arc::clone(node), names, |force| match force {
+        InForce::Processes { pids } => {
+            tracing::info!(?pids, "the kubelet's probes pass by ztunnel")
+        }
+        InForce::Nobody { why } => tracing::warn!(why, "nobody's probes pass by ztunnel"),
+    })?;
+    Ok(Some(follower))
+}
