@@ -18,7 +18,7 @@ pub mod world;
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -100,6 +100,8 @@ struct Inner<W: World> {
     work: Semaphore,
     /// Passes made, for liveness.
     passes: watch::Sender<u64>,
+    /// What an earlier agent captured has been looked for since the cluster was listed.
+    adopted: AtomicBool,
     /// All members have been looked for once.
     settled: watch::Sender<bool>,
     written: Mutex<Vec<Remembered>>,
@@ -122,6 +124,7 @@ impl<W: World> Reconciler<W> {
                 progress: Notify::new(),
                 work,
                 passes: watch::Sender::new(0),
+                adopted: AtomicBool::new(false),
                 settled: watch::Sender::new(false),
                 written: Mutex::default(),
                 unclaimed: Mutex::new(0),

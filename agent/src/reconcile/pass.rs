@@ -2,7 +2,12 @@
 //!
 //! Decides through [`crate::plan`]; the work itself is in [`super::steps`].
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -16,7 +21,7 @@ use crate::{
     model::{Cluster, Pod, PodUid, Redirection, keys},
     plan::{
         membership::{self, Membership, Reason},
-        pod::{Step, Wish, next},
+        pod::{Step, Wish, Ztunnel, next},
     },
 };
 
@@ -34,7 +39,8 @@ impl<W: World> Reconciler<W> {
     /// Compares and sets to work; before the cluster is listed, only on what was restored. With `full` the kernel is asked whether it is still as it was left.
     pub(super) async fn pass(&self, full: bool) {
         let listed = self.inner.cluster.borrow().listed;
-        if full && listed {
+        let first = listed && !self.inner.adopted.swap(listed, Ordering::Relaxed);
+        if listed && (full || first) {
             self.verify().await;
         }
         let todo = self.look(full);
@@ -129,6 +135,9 @@ impl<W: World> Reconciler<W> {
                 // As what it is captured is not known: the attach of a member sets it right.
                 entry.captured = Some(Policy::default());
                 entry.broken = true;
+                // Should it have to leave: ztunnel still carries its connections, and lets go of whom no snapshot names.
+                entry.ztunnel = Ztunnel::Waiting;
+                self.inner.world.expect(&entry.target);
             }
         }
     }

@@ -143,6 +143,10 @@ impl<W: World> Reconciler<W> {
                             entry.broken = false;
                             entry.reason.clear();
                             notice = job.repair.clone().map(Notice::Repaired);
+                            if job.repair.is_some() && entry.ztunnel == Ztunnel::Acked {
+                                // Whoever took the rest away took ztunnel's listeners from the maps as well.
+                                entry.ztunnel = Ztunnel::Waiting;
+                            }
                         }
                         (Step::Tell, _) => {
                             entry.ztunnel = Ztunnel::Acked;

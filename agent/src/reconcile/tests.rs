@@ -413,7 +413,7 @@ async fn what_was_undone_behind_its_back_is_repaired_within_a_period() {
     stage.fake().captured.lock().unwrap().clear();
     assert_eq!(
         stage.after(Duration::from_secs(5)).await,
-        ["attach shop/a", "repaired shop/a"]
+        ["attach shop/a", "repaired shop/a", "tell shop/a"]
     );
 }
 

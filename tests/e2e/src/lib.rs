@@ -6,6 +6,7 @@ pub mod bpf;
 pub mod cage;
 pub mod cni;
 pub mod dns;
+pub mod governed;
 pub mod killing;
 pub mod picture;
 pub mod traffic;

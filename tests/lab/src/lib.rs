@@ -17,6 +17,7 @@
 //! Environment: `CULVERT_KEEP=1` keeps the namespaces, pins and cgroup of a lab for inspection, `CULVERT_BIN`,
 //! `CULVERT_CNI_BIN` and `ZTUNNEL_STANDIN_BIN` name binaries elsewhere than beside the running one.
 
+mod agent;
 mod bpffs;
 mod capture;
 mod cgroup;
@@ -44,6 +45,7 @@ mod zds_messages;
 mod zds_socket;
 mod ztunnel;
 
+pub use agent::{Agent, AgentOptions};
 pub use capture::Capture;
 pub use client::{Connect, Connecting, connect, roundtrip};
 pub use creds::Creds;
