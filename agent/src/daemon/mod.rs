@@ -4,6 +4,7 @@
 //! (the API server, ztunnel, the CNI configuration) is waited for under a name in /readyz.
 
 mod counting;
+mod installing;
 mod probes;
 mod requests;
 mod serving;
@@ -158,6 +159,16 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         let end = end.clone();
         async move { listener.serve(app, end.cancelled_owned()).await }
     });
+    if config.cni_install {
+        let task = readiness.task("cni-installed");
+        tasks.spawn(installing::keep(
+            config.clone(),
+            Arc::clone(&source),
+            Arc::clone(&metrics),
+            task,
+            end.clone(),
+        ));
+    }
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         zds = %config.zds_socket.display(),

@@ -1,0 +1,120 @@
+//! The plugin's place on the host while the agent runs, and the question what becomes of it when the agent ends.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin::{
+        Metrics, Task,
+        labels::{By, InstallResult},
+    },
+    config::Config,
+    install::{Installer, Options, State, Status},
+    watch::{About, Kind, Notice, Source, Standing},
+};
+
+/// Installs, heals, and reports how it stands; after `end`, takes everything away if no agent will follow.
+pub(super) async fn keep(
+    config: Config,
+    source: Arc<Source>,
+    metrics: Arc<Metrics>,
+    task: Task,
+    end: CancellationToken,
+) {
+    let installer = Arc::new(Installer::new(Options::from(&config)));
+    let (sender, mut status) = watch::channel(Status::default());
+    let work = tokio::spawn(Arc::clone(&installer).watch(sender, end.clone()));
+    let mut before = Status::default();
+    loop {
+        let now = status.borrow_and_update().clone();
+        report(&source, &metrics, &task, &before, &now);
+        before = now;
+        tokio::select! {
+            () = end.cancelled() => break,
+            changed = status.changed() => if changed.is_err() { break },
+        }
+    }
+    if let Err(error) = work.await {
+        tracing::error!(%error, "the installer did not end well");
+    }
+    if let Some(why) = removal(&config, &source).await {
+        tracing::warn!(
+            why,
+            "taking the plugin and its configuration away; running pods stay captured"
+        );
+        if let Err(errors) = tokio::task::block_in_place(|| installer.uninstall()) {
+            for error in errors {
+                tracing::error!(%error, "taking the plugin away");
+            }
+        }
+    }
+}
+
+fn report(source: &Source, metrics: &Metrics, task: &Task, before: &Status, now: &Status) {
+    let count = |result, before: u64, now: u64| {
+        let counter = metrics.installs.get_or_create(&By(result)).clone();
+        counter.inc_by(now.saturating_sub(before));
+    };
+    count(InstallResult::Success, before.installs, now.installs);
+    count(
+        InstallResult::CopyBinariesFailure,
+        before.plugin_failures,
+        now.plugin_failures,
+    );
+    count(
+        InstallResult::CreateCniConfigFailure,
+        before.configuration_failures,
+        now.configuration_failures,
+    );
+    let installed = matches!(now.state, State::Installed { .. });
+    metrics.install_ready.set(installed.into());
+    let why = match &now.state {
+        State::Installed { .. } => return task.set_ready(),
+        State::Waiting { reason } => reason.clone(),
+        State::Contested { by } => format!(
+            "the CNI configuration is overwritten again and again by {by}: pods that start in between start outside the \
+             mesh and are enrolled a moment later"
+        ),
+        State::Failed { error } => error.clone(),
+    };
+    task.set_not_ready(why.clone());
+    let loud = matches!(now.state, State::Contested { .. } | State::Failed { .. });
+    if loud && before.state != now.state {
+        source.event(Notice {
+            about: About::Node,
+            kind: Kind::Warning,
+            reason: "CulvertCniConfiguration",
+            action: "Install",
+            note: why,
+        });
+    }
+}
+
+/// Why everything is to be taken away; none to leave it for the next agent.
+async fn removal(config: &Config, source: &Source) -> Option<String> {
+    if config.disable_safe_upgrade {
+        return Some("safe upgrades are switched off".to_owned());
+    }
+    let Source::Api(api) = source else {
+        return None;
+    };
+    let Some(namespace) = &config.daemonset_namespace else {
+        tracing::warn!(
+            "left in place: without --daemonset-namespace nobody can tell an upgrade from a removal"
+        );
+        return None;
+    };
+    match api.standing(namespace, &config.daemonset_name).await {
+        Standing::Removed(why) => Some(why),
+        Standing::Stays => None,
+        Standing::Unknown(why) => {
+            tracing::warn!(
+                why,
+                "cannot tell an upgrade from a removal: everything is left in place"
+            );
+            None
+        }
+    }
+}
