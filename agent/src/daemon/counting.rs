@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use culvert_ebpf::abi::ProbeCounts;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{
         Liveness, Metrics,
-        labels::{By, ProbeOrigin, RepairKind},
+        labels::{By, RepairKind},
         status::PodState,
     },
     kernel::{Node, track},
@@ -59,7 +58,6 @@ pub(super) async fn keep(
     end: CancellationToken,
 ) {
     let mut passes = reconciler.passes();
-    let mut probes: Option<ProbeCounts> = None;
     loop {
         tokio::select! {
             () = end.cancelled() => return,
@@ -68,19 +66,6 @@ pub(super) async fn keep(
         passes.mark_unchanged();
         liveness.beat();
         metrics.reconcile_rounds.inc();
-        // What was counted before this agent came is a predecessor's to tell.
-        if let Ok(now) = reconciler.world().node.maps().probe_counts.get() {
-            let more = |now: u64, before: u64| now.saturating_sub(before);
-            let vouched = |origin| metrics.vouched.get_or_create(&By(origin)).clone();
-            if let Some(probes) = probes {
-                vouched(ProbeOrigin::Kubelet).inc_by(more(now.kubelet, probes.kubelet));
-                vouched(ProbeOrigin::Node).inc_by(more(now.node, probes.node));
-                metrics
-                    .not_vouched
-                    .inc_by(more(now.not_vouched, probes.not_vouched));
-            }
-            probes = Some(now);
-        }
         let mut counts = [0_i64; 4];
         let mut wanted = 0;
         reconciler.for_each(|pod_wanted, state| {

@@ -6,10 +6,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admin::{
-        Metrics, Task,
-        labels::{By, InstallResult},
-    },
+    admin::{Metrics, Task},
     config::Config,
     install::{Installer, Options, State, Status},
     watch::{About, Kind, Notice, Source, Standing},
@@ -25,11 +22,15 @@ pub(super) async fn keep(
 ) {
     let installer = Arc::new(Installer::new(Options::from(&config)));
     let (sender, mut status) = watch::channel(Status::default());
+    metrics.count_installer({
+        let status = status.clone();
+        move || status.borrow().clone()
+    });
     let work = tokio::spawn(Arc::clone(&installer).watch(sender, end.clone()));
     let mut before = Status::default();
     loop {
         let now = status.borrow_and_update().clone();
-        report(&source, &metrics, &task, &before, &now);
+        report(&source, &task, &before, &now);
         before = now;
         tokio::select! {
             () = end.cancelled() => break,
@@ -52,24 +53,7 @@ pub(super) async fn keep(
     }
 }
 
-fn report(source: &Source, metrics: &Metrics, task: &Task, before: &Status, now: &Status) {
-    let count = |result, before: u64, now: u64| {
-        let counter = metrics.installs.get_or_create(&By(result)).clone();
-        counter.inc_by(now.saturating_sub(before));
-    };
-    count(InstallResult::Success, before.installs, now.installs);
-    count(
-        InstallResult::CopyBinariesFailure,
-        before.plugin_failures,
-        now.plugin_failures,
-    );
-    count(
-        InstallResult::CreateCniConfigFailure,
-        before.configuration_failures,
-        now.configuration_failures,
-    );
-    let installed = matches!(now.state, State::Installed { .. });
-    metrics.install_ready.set(installed.into());
+fn report(source: &Source, task: &Task, before: &Status, now: &Status) {
     let why = match &now.state {
         State::Installed { .. } => return task.set_ready(),
         State::Waiting { reason } => reason.clone(),
