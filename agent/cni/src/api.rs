@@ -80,7 +80,8 @@ pub struct AddRequest {
     pub ifname: String,
     /// Name of the network whose list the plugin is in.
     pub network: String,
-    /// A path to the pod's network namespace, `/proc/PID/fd/N` of the plugin. It can be opened until the plugin has its
+    /// A path to the pod's network namespace, `/proc/PID/fd/N` of the plugin; the server puts in the number that whoever
+    /// asks has in the agent's PID namespace. It can be opened until the plugin has its
     /// answer and no longer; the plugin does not look inside, so it may be no namespace at all.
     pub netns: String,
     /// The container's own addresses that earlier plugins of the list have set.

@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
-use tokio::net::{UnixListener, UnixStream, unix::SocketAddr};
+use axum::{Router, extract::connect_info::Connected, serve::IncomingStream};
+use tokio::net::{UnixListener, UnixStream};
 
 /// How long requests in flight may go on once the agent is told to end.
 const GRACE: Duration = Duration::from_secs(3);
@@ -85,6 +85,7 @@ impl Listener {
     pub async fn serve(self, app: Router, shutdown: impl Future<Output = ()> + Send + 'static) {
         let app = super::routes::with_fallbacks(app);
         let (ending, ended) = tokio::sync::oneshot::channel();
+        let app = app.into_make_service_with_connect_info::<Peer>();
         let serving = axum::serve(self, app).with_graceful_shutdown(async move {
             shutdown.await;
             // Nobody waits for it any more when serving is over already.
@@ -107,15 +108,32 @@ impl Listener {
     }
 }
 
+/// Who is at the other end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Peer {
+    /// Its process, by our PID namespace's number; none where it has none there.
+    pub pid: Option<u32>,
+}
+
+impl Connected<IncomingStream<'_, Listener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
+        *stream.remote_addr()
+    }
+}
+
 impl axum::serve::Listener for Listener {
     type Io = UnixStream;
-    type Addr = SocketAddr;
+    type Addr = Peer;
 
-    async fn accept(&mut self) -> (UnixStream, SocketAddr) {
+    async fn accept(&mut self) -> (UnixStream, Peer) {
         loop {
             let error = match self.socket.accept().await {
-                Ok((stream, address)) => match stream.peer_cred() {
-                    Ok(peer) if may_enter(peer.uid()) => return (stream, address),
+                Ok((stream, _unnamed)) => match stream.peer_cred() {
+                    Ok(peer) if may_enter(peer.uid()) => {
+                        let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
+                        let pid = pid.filter(|pid| *pid != 0);
+                        return (stream, Peer { pid });
+                    }
                     Ok(peer) => {
                         tracing::warn!(
                             uid = peer.uid(),
@@ -134,8 +152,9 @@ impl axum::serve::Listener for Listener {
         }
     }
 
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
+    fn local_addr(&self) -> io::Result<Peer> {
+        let pid = Some(std::process::id());
+        Ok(Peer { pid })
     }
 }
 

@@ -15,7 +15,7 @@ use culvert_cni::api::{
 };
 
 pub use counters::{Counters, Method};
-pub use listener::{BindError, Listener};
+pub use listener::{BindError, Listener, Peer};
 pub use routes::router;
 
 /// Who decides.

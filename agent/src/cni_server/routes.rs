@@ -8,15 +8,17 @@ use std::{future::Future, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     body::{Body, to_bytes},
-    extract::Request,
+    extract::{ConnectInfo, Request},
     http::{Method as Verb, StatusCode, Uri},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
-use culvert_cni::api::{AddRequest, Level, LogRecord, MAX_BODY, Refusal, code, paths};
+use culvert_cni::api::{
+    AddRequest, CheckRequest, Level, LogRecord, MAX_BODY, Refusal, code, paths,
+};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Counters, Handler, Method};
+use super::{Counters, Handler, Method, listener::Peer};
 
 /// Time for all but an ADD, which brings its own; also for reading a body.
 const TIME: Duration = Duration::from_secs(10);
@@ -47,7 +49,9 @@ pub fn router<H: Handler>(handler: Arc<H>, counters: Arc<Counters>) -> Router {
             post(move |request: Request| async move {
                 n_add()
                     .answer(async {
-                        let request: AddRequest = read(request).await?;
+                        let peer = peer(&request);
+                        let mut request: AddRequest = read(request).await?;
+                        request.netns = as_seen_from_here(request.netns, peer)?;
                         let budget = Duration::from_millis(request.budget_ms).min(MAX_BUDGET);
                         within(budget.saturating_sub(HEAD_START), add.add(request)).await
                     })
@@ -66,7 +70,12 @@ pub fn router<H: Handler>(handler: Arc<H>, counters: Arc<Counters>) -> Router {
             paths::CHECK,
             post(move |request: Request| async move {
                 n_check()
-                    .answer(async { within(TIME, check.check(read(request).await?)).await })
+                    .answer(async {
+                        let peer = peer(&request);
+                        let mut request: CheckRequest = read(request).await?;
+                        request.netns = as_seen_from_here(request.netns, peer)?;
+                        within(TIME, check.check(request)).await
+                    })
                     .await
             }),
         )
@@ -201,6 +210,32 @@ async fn read<T: DeserializeOwned>(request: Request<Body>) -> Result<T, Refused>
     })
 }
 
+fn peer(request: &Request) -> Option<Peer> {
+    let info: Option<&ConnectInfo<Peer>> = request.extensions().get();
+    info.map(|ConnectInfo(peer)| *peer)
+}
+
+/// The plugin names a descriptor of its own by the number it has in its own PID namespace; where that is not ours (a
+/// runtime in a container), the number is somebody else's here. The kernel says who is really asking.
+fn as_seen_from_here(netns: String, peer: Option<Peer>) -> Result<String, Refusal> {
+    let descriptor = netns
+        .strip_prefix("/proc/")
+        .and_then(|rest| rest.split_once("/fd/"))
+        .filter(|(pid, _)| pid.bytes().all(|digit| digit.is_ascii_digit()))
+        .map(|(_, descriptor)| descriptor);
+    match (descriptor, peer) {
+        (Some(descriptor), Some(Peer { pid: Some(pid) })) => {
+            Ok(format!("/proc/{pid}/fd/{descriptor}"))
+        }
+        (Some(_), Some(Peer { pid: None })) => Err(Refusal::for_good(
+            code::CANNOT_ENROL,
+            "the plugin runs outside the agent's PID namespace",
+            "run the agent with hostPID: true",
+        )),
+        _ => Ok(netns),
+    }
+}
+
 /// Bounds the handler's time.
 async fn within<T>(
     time: Duration,
@@ -241,5 +276,28 @@ fn log(record: &LogRecord) {
         Level::Info => tracing::info!(%command, %pod, %container, took_us, "plugin: {message}"),
         Level::Warn => tracing::warn!(%command, %pod, %container, took_us, "plugin: {message}"),
         Level::Error => tracing::error!(%command, %pod, %container, took_us, "plugin: {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_is_looked_for_at_whoever_asks() {
+        let seen = |netns: &str, pid| as_seen_from_here(netns.to_owned(), Some(Peer { pid }));
+        assert_eq!(seen("/proc/7/fd/3", Some(42)).unwrap(), "/proc/42/fd/3");
+        for other in ["/proc/7/ns/net", "/proc/self/fd/3", "/run/netns/x", ""] {
+            assert_eq!(seen(other, Some(42)).unwrap(), other);
+            assert_eq!(seen(other, None).unwrap(), other);
+        }
+        assert!(
+            seen("/proc/7/fd/3", None)
+                .unwrap_err()
+                .cure
+                .contains("hostPID")
+        );
+        let unknown = as_seen_from_here("/proc/7/fd/3".to_owned(), None);
+        assert_eq!(unknown.unwrap(), "/proc/7/fd/3");
     }
 }
