@@ -149,6 +149,7 @@ impl AgentOptions {
         let process = Child::start(
             lab.node(),
             Place::Machine,
+            None,
             Creds::Root,
             lab.culvert_command(&args)?,
         )?;
