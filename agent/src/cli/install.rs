@@ -99,7 +99,7 @@ pub(crate) struct UninstallArgs {
     #[arg(long)]
     force: bool,
     /// The agent's socket: how it is noticed.
-    #[arg(long, env = "CULVERT_SOCKET", default_value = culvert_cni::api::SOCKET, value_name = "FILE")]
+    #[arg(long, env = "CULVERT_AGENT_SOCKET", default_value = culvert_cni::api::SOCKET, value_name = "FILE")]
     socket: PathBuf,
     /// Print what would change, and change nothing.
     #[arg(long)]
