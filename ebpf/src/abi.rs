@@ -256,8 +256,10 @@ pub struct Pod {
     /// Interfaces with a default route, in pods with several: a socket bound to one of these can answer
     /// whoever reached it by it. 0 ends the list.
     pub answering_ifindexes: [u32; MAX_ANSWERING],
+    /// The pod's address that captured lookups come from, one of each family; unspecified = left to the routes.
+    pub lookup_sources: [Addr; 2],
 }
-const _: () = assert!(size_of::<Pod>() == 80);
+const _: () = assert!(size_of::<Pod>() == 112);
 
 /// Most virtual interfaces of one pod.
 pub const MAX_VIRTUAL: usize = 8;

@@ -50,6 +50,8 @@ pub trait LookupFacts {
     fn serves(&self) -> bool;
     /// The pod is a resolver itself, and asks itself.
     fn resolver_is_own(&self) -> bool;
+    /// The socket is bound to a device: it cannot reach ztunnel, which listens on loopback.
+    fn bound_to_device(&self) -> bool;
     /// The resolver's port or network is excluded.
     fn resolver_is_excluded(&self) -> bool;
     /// Capture is on for this resolver.
@@ -67,6 +69,7 @@ pub fn lookup(resolver: &Addr, facts: &impl LookupFacts) -> Lookup {
     let near = resolver.is_loopback() || resolver.is_unspecified() || resolver.is_multicast();
     if near
         || facts.serves()
+        || facts.bound_to_device()
         || !facts.captures()
         || facts.resolver_is_own()
         || facts.resolver_is_excluded()

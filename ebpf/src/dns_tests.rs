@@ -11,6 +11,7 @@ extern crate std;
 struct Answers {
     ztunnel: bool,
     serves: bool,
+    bound: bool,
     own: bool,
     excluded: bool,
     off: bool,
@@ -23,6 +24,9 @@ impl LookupFacts for Answers {
     }
     fn serves(&self) -> bool {
         self.serves
+    }
+    fn bound_to_device(&self) -> bool {
+        self.bound
     }
     fn resolver_is_own(&self) -> bool {
         self.own
@@ -44,7 +48,7 @@ fn addr(text: &str) -> Addr {
 
 /// Every combination of facts.
 fn all() -> Vec<Answers> {
-    (0..64_u8)
+    (0..128_u8)
         .map(|n| Answers {
             ztunnel: n & 1 != 0,
             serves: n & 2 != 0,
@@ -52,6 +56,7 @@ fn all() -> Vec<Answers> {
             excluded: n & 8 != 0,
             off: n & 16 != 0,
             away: n & 32 != 0,
+            bound: n & 64 != 0,
         })
         .collect()
 }
@@ -76,7 +81,7 @@ fn the_table_in_all_its_cases() {
             ("223.255.255.255", false),
             ("240.0.0.1", false),
         ] {
-            let left = near || f.serves || f.own || f.excluded || f.off;
+            let left = near || f.serves || f.bound || f.own || f.excluded || f.off;
             let wanted = match (f.ztunnel, left, f.away) {
                 (true, _, _) => Lookup::Ztunnel,
                 (false, true, _) => Lookup::Left,

@@ -9,7 +9,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, bpf_sock_tuple},
-    helpers::{bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get},
+    helpers::{bpf_bind, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get},
 };
 use culvert_ebpf::{
     abi::{Asked, FourTuple, Pod, mark, pod_flags, port},
@@ -20,14 +20,15 @@ use culvert_ebpf::{
 
 use crate::{
     kernel::{
-        captures_dns, cidr_excluded, field, is_own, netns_cookie, port_excluded, set_field,
-        ztunnel_storage,
+        AF_INET, captures_dns, cidr_excluded, field, is_own, netns_cookie, port_excluded,
+        set_field, ztunnel_storage,
     },
     maps,
     report::{count, decided},
 };
 
 const IPPROTO_UDP: u32 = 17;
+const AF_INET6: u32 = 10;
 /// State of a datagram socket that has a peer.
 const TCP_ESTABLISHED: u32 = 1;
 const F_CREATE: u64 = 1;
@@ -136,6 +137,11 @@ impl LookupFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn bound_to_device(&self) -> bool {
+        field!(bpf_sock, self.sk, bound_dev_if) != 0
+    }
+
+    #[inline(always)]
     fn resolver_is_own(&self) -> bool {
         is_own(self.cookie, self.resolver)
     }
@@ -199,7 +205,11 @@ fn ztunnel_listens(ctx: *mut bpf_sock_addr, v4: bool, named: bool) -> bool {
 
 /// Decides and reports.
 #[inline(always)]
-fn decide(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, resolver: Addr) -> Option<Lookup> {
+fn decide<'a>(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    resolver: Addr,
+) -> Option<(Lookup, &'a Pod)> {
     let cookie = netns_cookie(ctx);
     // SAFETY: entries are replaced whole; each field stands alone.
     let pod = unsafe { maps::PODS.get(cookie) }?;
@@ -231,7 +241,30 @@ fn decide(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, resolver: Addr) -> Option<
         dst_port: port::DOMAIN,
     };
     decided(cookie, lookup.verdict(v4), &tuple, 0);
-    Some(lookup)
+    Some((lookup, pod))
+}
+
+/// Gives a socket that has neither address nor port the source it would have got without us. Left to the routes it
+/// would be a loopback address, which stays when the socket connects again, and leads nowhere from there.
+#[inline(always)]
+fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, pod: &Pod, v4: bool) {
+    let [source4, source6] = &pod.lookup_sources;
+    let source = if v4 { source4 } else { source6 };
+    if field!(bpf_sock, sk, src_port) != 0 || source.is_unspecified() {
+        return;
+    }
+    if V6 {
+        // struct sockaddr_in6: family and port, flow, address, scope.
+        let [a, b, c, d] = source.words;
+        let mut address = [AF_INET6, 0, a, b, c, d, 0];
+        // SAFETY: our own context; the address lives on our stack for the length of the call.
+        unsafe { bpf_bind(ctx, address.as_mut_ptr().cast(), 28) };
+    } else {
+        // struct sockaddr_in: family and port, address, padding.
+        let mut address = [AF_INET, source.words[3], 0, 0];
+        // SAFETY: as above.
+        unsafe { bpf_bind(ctx, address.as_mut_ptr().cast(), 16) };
+    }
 }
 
 /// `connect()` of a datagram socket.
@@ -252,9 +285,10 @@ pub fn connect<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     }
     let sk = socket(ctx);
     let resolver = peer::<V6>(ctx);
-    if let Some(Lookup::Captured) = decide(ctx, sk, resolver)
+    if let Some((Lookup::Captured, pod)) = decide(ctx, sk, resolver)
         && let Some(asked) = asked(sk, true)
     {
+        keep_source::<V6>(ctx, sk, pod, resolver.is_v4());
         asked.count = 0;
         asked.only(&resolver);
         set_peer::<V6>(ctx, &dns::listener(resolver.is_v4()), port::DNS);
@@ -279,7 +313,7 @@ pub fn sendmsg<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     }
     let sk = socket(ctx);
     let resolver = peer::<V6>(ctx);
-    if let Some(Lookup::Captured) = decide(ctx, sk, resolver)
+    if let Some((Lookup::Captured, _)) = decide(ctx, sk, resolver)
         && let Some(asked) = asked(sk, true)
     {
         let v4 = resolver.is_v4();

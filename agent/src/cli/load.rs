@@ -37,8 +37,19 @@ pub(crate) fn load(global: &Global) -> anyhow::Result<ExitCode> {
                 p.tag,
             ]);
         }
+        let mut dns = String::new();
+        if let Some(at) = &report.dns {
+            dns = format!(
+                "DNS programs attached to {} ({:?})\n",
+                at.cgroup.display(),
+                at.found
+            );
+            for other in &at.ahead {
+                dns.push_str(&format!("  {other} runs before them\n"));
+            }
+        }
         format!(
-            "{}\npinned at {}, attached to {}, ABI version {}{}\n",
+            "{}\npinned at {}, attached to {}, ABI version {}{}\n{dns}",
             columns(&rows),
             report.bpffs.display(),
             report.cgroup_root.display(),

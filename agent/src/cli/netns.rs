@@ -400,6 +400,14 @@ fn show(global: &Global, path: &std::path::Path) -> anyhow::Result<ExitCode> {
         };
         section("listeners", r.listeners.iter().map(listener).collect());
         section("programmed", r.programmed.clone());
+        let hooks = r.dns.iter().map(|hooks| {
+            let at = hooks
+                .cgroup
+                .as_ref()
+                .map_or("-".to_owned(), |path| path.display().to_string());
+            format!("programs at {at}")
+        });
+        section("dns", hooks.collect());
         let counted = r.counters.iter().filter(|(_, n)| **n > 0);
         section(
             "counters",

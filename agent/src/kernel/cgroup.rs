@@ -1,4 +1,4 @@
-//! Finding the cgroup v2 root, where node programs see every socket of the machine.
+//! Finding the cgroup v2 root, where node programs see every socket of the machine, and the cgroup of its pods.
 
 use std::{
     fs::{self, File},
@@ -69,9 +69,126 @@ pub fn open(path: &Path, named: bool) -> Result<File> {
     Ok(dir)
 }
 
+/// A cgroup that a kubelet keeps its pods in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Kubepods {
+    /// Its directory.
+    pub(super) path: PathBuf,
+    /// A process is in it, or below.
+    pub(super) populated: bool,
+}
+
+/// How deep a kubelet's `cgroupRoot` may be nested; a node that is a container itself is three levels down.
+const DEEPEST: usize = 5;
+
+/// The cgroups of all kubelets below `root`, whichever driver made them: `kubepods`, `kubepods.slice`,
+/// `kubelet-kubepods.slice`.
+pub(super) fn kubepods(root: &Path) -> Vec<Kubepods> {
+    let mut found = Vec::new();
+    walk(root, DEEPEST, &mut |path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let ours =
+            name == "kubepods" || name == "kubepods.slice" || name.ends_with("-kubepods.slice");
+        if ours {
+            let events = fs::read_to_string(path.join("cgroup.events")).unwrap_or_default();
+            found.push(Kubepods {
+                path: path.to_owned(),
+                populated: events.lines().any(|line| line == "populated 1"),
+            });
+        }
+        !ours
+    });
+    found
+}
+
+/// The directory of the cgroup with this id, at or below `root`.
+pub(super) fn by_id(root: &Path, id: u64) -> Option<PathBuf> {
+    let is = |path: &Path| fs::metadata(path).is_ok_and(|m| m.ino() == id);
+    if is(root) {
+        return Some(root.to_owned());
+    }
+    let mut found = None;
+    walk(root, DEEPEST, &mut |path| {
+        if is(path) {
+            found = Some(path.to_owned());
+        }
+        found.is_none()
+    });
+    found
+}
+
+/// The directory of this process's own cgroup, where it can be seen from here.
+pub(super) fn own(root: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(root.join(path))
+}
+
+/// Visits directories below `dir`; goes into those `visit` says yes to. Cgroups come and go meanwhile.
+fn walk(dir: &Path, levels: usize, visit: &mut dyn FnMut(&Path) -> bool) {
+    if levels == 0 {
+        return;
+    }
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let path = entry.path();
+            if visit(&path) {
+                walk(&path, levels - 1, visit);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kubepods_of_every_driver_at_any_depth() {
+        let root = std::env::temp_dir().join(format!("culvert-kubepods-{}", std::process::id()));
+        for (dir, events) in [
+            (
+                "kubepods.slice/kubepods-burstable.slice",
+                "populated 1\nfrozen 0\n",
+            ),
+            ("node1/kubepods", "populated 0\nfrozen 0\n"),
+            ("system.slice/kubelet.service", "populated 1\n"),
+            (
+                "docker/x/kubelet.slice/kubelet-kubepods.slice",
+                "populated 1\n",
+            ),
+        ] {
+            fs::create_dir_all(root.join(dir)).unwrap();
+            let of = if dir.starts_with("kubepods.slice") {
+                "kubepods.slice"
+            } else {
+                dir
+            };
+            fs::write(root.join(of).join("cgroup.events"), events).unwrap();
+        }
+        let mut found: Vec<_> = kubepods(&root)
+            .into_iter()
+            .map(|k| {
+                (
+                    k.path.strip_prefix(&root).unwrap().display().to_string(),
+                    k.populated,
+                )
+            })
+            .collect();
+        fs::remove_dir_all(&root).unwrap();
+        found.sort();
+        assert_eq!(
+            found,
+            [
+                (
+                    "docker/x/kubelet.slice/kubelet-kubepods.slice".to_owned(),
+                    true
+                ),
+                ("kubepods.slice".to_owned(), true),
+                ("node1/kubepods".to_owned(), false),
+            ]
+        );
+    }
 
     #[test]
     fn finds_the_v2_mount_on_pure_and_hybrid_hosts() {

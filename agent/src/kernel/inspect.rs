@@ -12,6 +12,7 @@ use culvert_ebpf::{
 use serde::Serialize;
 
 use super::{
+    dns,
     error::Result,
     listeners::{self, ROLE_NAMES},
     netconf,
@@ -86,6 +87,8 @@ pub struct Report {
     pub listeners: Vec<Listener>,
     /// Connections that carry a mark of ours.
     pub marked_connections: usize,
+    /// The programs for DNS over UDP; none when no pod ever had capture on.
+    pub dns: Option<dns::Hooks>,
     /// Decisions since enrolment.
     pub counters: BTreeMap<&'static str, u64>,
 }
@@ -171,13 +174,25 @@ pub fn show(node: &Node, netns: &Netns) -> Result<Option<Report>> {
         programmed: rules.into_iter().chain(routes).collect(),
         listeners: listeners_of(node, netns, &open)?,
         marked_connections,
+        dns: dns::look(node)?,
         counters: counters(node, netns)?,
         problems: Vec::new(),
         summary,
     };
     let known = report.summary.addresses.iter().copied().collect();
     let problems = verify::compare(node, netns, &observed, &wrong_sysctls, &known)?;
-    let problems = problems.into_iter().map(|p| p.what).collect::<Vec<_>>();
+    let mut problems = problems.into_iter().map(|p| p.what).collect::<Vec<_>>();
+    if report.policy.get("dns") == Some(&true.into()) {
+        match &report.dns {
+            None => problems.push("the DNS programs are not attached: attach again".to_owned()),
+            Some(hooks) => {
+                problems.extend(hooks.problems.iter().cloned());
+                report.notes.extend(hooks.ahead.iter().map(|other| {
+                    format!("{other} runs before the DNS programs: it may replace resolvers' addresses first")
+                }));
+            }
+        }
+    }
     if report.summary.state == State::Enrolled {
         let foreign = observed.rules.iter().filter(|r| {
             r.pref == 0 && r.protocol != plan::PROTOCOL && (r.foreign || r.mark.is_some())
@@ -229,6 +244,16 @@ fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_jso
     };
     let on = |flag| serde_json::Value::from(pod.flags & flag != 0);
     out.insert("dns", on(pod_flags::DNS));
+    let mut resolvers = node.maps().resolvers.keys()?;
+    resolvers.retain(|k| k.cookie == cookie);
+    let mut resolvers: Vec<IpAddr> = resolvers.into_iter().map(|k| k.addr.into()).collect();
+    resolvers.sort_unstable();
+    if pod.flags & pod_flags::DNS_LISTED != 0 {
+        out.insert(
+            "dns_resolvers",
+            resolvers.iter().map(ToString::to_string).collect(),
+        );
+    }
     out.insert("bypass_inbound", on(pod_flags::BYPASS_INBOUND));
     out.insert("ztunnel_named", on(pod_flags::NAMED_ZTUNNEL));
     out.insert(
@@ -293,7 +318,11 @@ fn cidr(network: Addr, prefix_len: u32) -> String {
     )
 }
 
-fn listeners_of(node: &Node, netns: &Netns, open: &[sockdiag::TcpSocket]) -> Result<Vec<Listener>> {
+fn listeners_of(
+    node: &Node,
+    netns: &Netns,
+    open: &[sockdiag::InetSocket],
+) -> Result<Vec<Listener>> {
     let mut found = Vec::new();
     for (number, slot, socket) in listeners::registered(node, netns)? {
         let key = RoleKey {

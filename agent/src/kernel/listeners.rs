@@ -20,7 +20,7 @@ use super::{
     node::Node,
     process::{self, Process},
     procfs,
-    sockdiag::{self, TcpSocket},
+    sockdiag::{self, InetSocket},
     sys,
 };
 
@@ -38,7 +38,7 @@ pub fn name_process(node: &Node, pid: u32) -> Result<()> {
 
 /// Which role a listening socket plays.
 #[must_use]
-pub fn role_of(socket: &TcpSocket) -> Option<u32> {
+pub fn role_of(socket: &InetSocket) -> Option<u32> {
     match socket.port {
         port::OUTBOUND => Some(role::OUTBOUND),
         port::INBOUND => Some(role::INBOUND),
@@ -74,7 +74,8 @@ pub fn registered(node: &Node, netns: &Netns) -> Result<Vec<(u32, u32, u64)>> {
     Ok(found)
 }
 
-/// Enters listeners of process `pid` in the pod that are not registered; returns how many.
+/// Enters listeners of process `pid` in the pod that are not registered; returns how many. Its datagram sockets are
+/// noted as well: those that were marked before the process was named would pass for the pod's own.
 pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
     let _lock = node.lock()?;
     let open = {
@@ -82,7 +83,7 @@ pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
         sockdiag::listeners(&guard)?
     };
     let known = registered(node, netns)?;
-    let missing: Vec<(u32, &TcpSocket)> = open
+    let missing: Vec<(u32, &InetSocket)> = open
         .iter()
         .filter(|s| {
             s.mark & mark::MASK == mark::ZTUNNEL && !known.iter().any(|(_, _, c)| *c == s.cookie)
@@ -93,6 +94,7 @@ pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
         return Ok(0);
     }
     let process = Process::open(pid)?;
+    note_datagram(node, netns, &process)?;
     let mut entered = 0;
     for (role, socket) in missing {
         if let Some(fd) = process.socket(socket.inode)? {
@@ -103,19 +105,43 @@ pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
     Ok(entered)
 }
 
-fn enter(node: &Node, netns: &Netns, role: u32, socket: &OwnedFd) -> Result<()> {
-    let cookie = netns.cookie().0;
-    let maps = node.maps();
-    let fail = |e| Error::system("register a listener of", netns.path().display(), e);
-    let raw = u64::from(socket.as_raw_fd().unsigned_abs());
-    // Socket storage first: it is what tells this socket from an impostor's when it closes.
+fn note_datagram(node: &Node, netns: &Netns, process: &Process) -> Result<()> {
+    let open = {
+        let guard = netns.enter()?;
+        sockdiag::datagram(&guard)
+    };
+    let open = match open {
+        Ok(open) => open,
+        Err(error) => {
+            tracing::warn!(%error, "ztunnel's datagram sockets are not known: it is told by those it opens from now on");
+            return Ok(());
+        }
+    };
+    for socket in open.iter().filter(|s| s.mark & mark::MASK == mark::ZTUNNEL) {
+        if let Some(fd) = process.socket(socket.inode)? {
+            note(node, netns, &fd)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes down that a socket is ztunnel's.
+fn note(node: &Node, netns: &Netns, socket: &OwnedFd) -> Result<()> {
     sys::map_update(
-        sys::fd(&maps.ztunnel_sockets),
+        sys::fd(&node.maps().ztunnel_sockets),
         &socket.as_raw_fd().to_ne_bytes(),
         &1_u32.to_ne_bytes(),
         0,
     )
-    .map_err(fail)?;
+    .map_err(|e| Error::system("register a socket of", netns.path().display(), e))
+}
+
+fn enter(node: &Node, netns: &Netns, role: u32, socket: &OwnedFd) -> Result<()> {
+    let cookie = netns.cookie().0;
+    let maps = node.maps();
+    let raw = u64::from(socket.as_raw_fd().unsigned_abs());
+    // Socket storage first: it is what tells this socket from an impostor's when it closes.
+    note(node, netns, socket)?;
     let key = RoleKey {
         cookie,
         role,
@@ -157,11 +183,11 @@ fn enter(node: &Node, netns: &Netns, role: u32, socket: &OwnedFd) -> Result<()> 
 /// Returns how many were changed.
 pub(super) fn free(guard: &Guard<'_>) -> Result<usize> {
     let link_local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-    let in_the_way = |s: &TcpSocket| {
+    let in_the_way = |s: &InetSocket| {
         let marked = s.mark != 0 && s.mark & mark::MASK != mark::ZTUNNEL;
         marked || s.device != 0 && s.device != LOOPBACK_IFINDEX && !link_local(s.local)
     };
-    let mut wanted: Vec<TcpSocket> = sockdiag::listeners(guard)?
+    let mut wanted: Vec<InetSocket> = sockdiag::listeners(guard)?
         .into_iter()
         .filter(in_the_way)
         .collect();

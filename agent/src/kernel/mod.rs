@@ -24,6 +24,7 @@ pub mod privileges;
 mod process;
 pub mod procfs;
 pub mod sockdiag;
+mod strays;
 mod sys;
 mod sysctl;
 pub mod track;

@@ -370,7 +370,13 @@ impl Node {
             }
             None => {
                 // Attached elsewhere, or not at all: the new link takes the old one's pin.
-                let link = sys::link_create(prog.as_fd(), cgroup.as_fd(), kind).map_err(|e| {
+                // What names an address must see it before others replace it.
+                let create = if names::DNS.iter().any(|(dns, _)| *dns == name) {
+                    sys::link_create_first
+                } else {
+                    sys::link_create
+                };
+                let link = create(prog.as_fd(), cgroup.as_fd(), kind).map_err(|e| {
                     Error::system("attach program", name, e).cured_by(
                         "another program may be attached there exclusively: `bpftool cgroup show DIR` names it",
                     )

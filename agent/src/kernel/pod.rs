@@ -15,7 +15,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Record, Role, RoleKey, role};
+use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Pod, Record, Role, RoleKey, pod_flags, role};
 use ipnet::IpNet;
 pub use release::{collect, detach, forget};
 pub use sync::Synced;
@@ -209,8 +209,13 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
     set_exclusions(node, cookie, policy, known)?;
     set_resolvers(node, cookie, &policy.dns, known)?;
     let pod = pod_entry(policy, &observed);
-    if node.maps().pods.get(&cookie.0)? != Some(pod) {
+    let before = node.maps().pods.get(&cookie.0)?;
+    if before != Some(pod) {
         node.maps().pods.set(&cookie.0, &pod)?;
+    }
+    let captured = |pod: &Pod| pod.flags & pod_flags::DNS != 0;
+    if before.is_some_and(|before| captured(&before)) && !captured(&pod) {
+        release::strays(cookie, &netns.enter()?);
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! Asking the kernel for TCP sockets of a namespace: their mark, cookie and whether they are transparent.
+//! Asking the kernel for sockets of a namespace: their mark, cookie and whether they are transparent.
 //!
-//! One inet_diag dump per family over NETLINK_SOCK_DIAG. Used to know when no marked socket is left, and to
-//! tell whose the registered listeners are.
+//! One inet_diag dump per family over NETLINK_SOCK_DIAG. Used to know when no marked socket is left, to
+//! tell whose the registered listeners are, and to find the datagram sockets that DNS capture concerns.
 
 use std::{io, net::IpAddr};
 
@@ -12,15 +12,19 @@ use super::{
     netns::Guard,
 };
 
-/// A TCP socket.
+/// A TCP or UDP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TcpSocket {
+pub struct InetSocket {
     /// Kernel's state number; 10 = LISTEN.
     pub state: u8,
     /// Local port.
     pub port: u16,
     /// Local address.
     pub local: IpAddr,
+    /// Port of the peer; 0 = none.
+    pub peer_port: u16,
+    /// Address of the peer.
+    pub peer: IpAddr,
     /// Device it is bound to; 0 = none.
     pub device: u32,
     /// SO_MARK.
@@ -33,7 +37,7 @@ pub struct TcpSocket {
     pub transparent: Option<bool>,
 }
 
-/// LISTEN in [`TcpSocket::state`].
+/// LISTEN in [`InetSocket::state`].
 pub const LISTEN: u8 = 10;
 const TIME_WAIT: u8 = 6;
 
@@ -45,10 +49,11 @@ const INET_DIAG_SOCKOPT: u16 = 22;
 const MESSAGE: usize = 72;
 
 fn fail(e: io::Error) -> Error {
-    Error::system("list", "TCP sockets (inet_diag)", e).cured_by("load the kernel module tcp_diag")
+    Error::system("list", "sockets (inet_diag)", e)
+        .cured_by("load the kernel modules tcp_diag and udp_diag")
 }
 
-fn request(family: u8, states: u32) -> Vec<u8> {
+fn request(family: u8, protocol: u8, states: u32) -> Vec<u8> {
     let mut out = vec![0; 16 + 56];
     let length = u32::try_from(out.len()).unwrap_or(0);
     out[0..4].copy_from_slice(&length.to_ne_bytes());
@@ -57,17 +62,19 @@ fn request(family: u8, states: u32) -> Vec<u8> {
     out[6..8].copy_from_slice(&0x301_u16.to_ne_bytes());
     out[8..12].copy_from_slice(&1_u32.to_ne_bytes());
     out[16] = family;
-    out[17] = 6; // IPPROTO_TCP
+    out[17] = protocol;
     out[20..24].copy_from_slice(&states.to_ne_bytes());
     out
 }
 
-/// All TCP sockets of the guard's namespace in one of `states` (bit per state number).
-fn dump(family: u8, states: u32) -> Result<Vec<TcpSocket>> {
+/// All sockets of the guard's namespace in one of `states` (bit per state number).
+fn dump(family: u8, protocol: u8, states: u32) -> Result<Vec<InetSocket>> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG).map_err(fail)?;
     socket.bind_auto().map_err(fail)?;
     socket.connect(&SocketAddr::new(0, 0)).map_err(fail)?;
-    socket.send(&request(family, states), 0).map_err(fail)?;
+    socket
+        .send(&request(family, protocol, states), 0)
+        .map_err(fail)?;
     let mut sockets = Vec::new();
     loop {
         let mut buffer = Vec::with_capacity(32 * 1024);
@@ -102,19 +109,24 @@ fn u32_at(b: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
 }
 
-fn parse(message: &[u8]) -> TcpSocket {
+fn parse(message: &[u8]) -> InetSocket {
     let v4 = message[0] == 2;
-    let local = if v4 {
-        IpAddr::from([message[8], message[9], message[10], message[11]])
-    } else {
+    let address = |at: usize| {
         let mut octets = [0; 16];
-        octets.copy_from_slice(&message[8..24]);
-        IpAddr::from(octets)
+        octets.copy_from_slice(&message[at..at + 16]);
+        let [a, b, c, d, ..] = octets;
+        if v4 {
+            IpAddr::from([a, b, c, d])
+        } else {
+            IpAddr::from(octets)
+        }
     };
-    let mut socket = TcpSocket {
+    let mut socket = InetSocket {
         state: message[1],
         port: u16::from_be_bytes([message[4], message[5]]),
-        local,
+        local: address(8),
+        peer_port: u16::from_be_bytes([message[6], message[7]]),
+        peer: address(24),
         device: u32_at(message, 40),
         mark: 0,
         cookie: u64::from(u32_at(message, 44)) | u64::from(u32_at(message, 48)) << 32,
@@ -138,16 +150,28 @@ fn parse(message: &[u8]) -> TcpSocket {
     socket
 }
 
-fn both(states: u32) -> Result<Vec<TcpSocket>> {
-    let mut all = dump(2, states)?;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+fn families(protocol: u8, states: u32) -> Result<Vec<InetSocket>> {
+    let mut all = dump(2, protocol, states)?;
     if super::sysctl::ipv6_present() {
-        all.extend(dump(10, states)?);
+        all.extend(dump(10, protocol, states)?);
     }
     Ok(all)
 }
 
+/// Datagram sockets, with a peer or without.
+pub fn datagram(_guard: &Guard<'_>) -> Result<Vec<InetSocket>> {
+    families(UDP, u32::MAX)
+}
+
+fn both(states: u32) -> Result<Vec<InetSocket>> {
+    families(TCP, states)
+}
+
 /// Listening sockets.
-pub fn listeners(_guard: &Guard<'_>) -> Result<Vec<TcpSocket>> {
+pub fn listeners(_guard: &Guard<'_>) -> Result<Vec<InetSocket>> {
     both(1 << LISTEN)
 }
 

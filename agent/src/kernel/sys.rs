@@ -250,6 +250,25 @@ pub(super) fn link_create(
         .call_fd(LINK_CREATE, 16)
 }
 
+/// As [`link_create`], in front of what the cgroup runs already; where the kernel knows no order (before 6.17), behind.
+pub(super) fn link_create_first(
+    prog: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    const BEFORE: u32 = 1 << 3;
+    let first = Attr::new()
+        .fd(0, prog)
+        .fd(4, cgroup)
+        .u32(8, attach_type)
+        .u32(12, BEFORE)
+        .call_fd(LINK_CREATE, 32);
+    match first {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => link_create(prog, cgroup, attach_type),
+        other => other,
+    }
+}
+
 /// Puts another program behind a link, without a moment in which neither runs.
 pub(super) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
     Attr::new()
@@ -287,6 +306,8 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
 pub(super) struct ProgInfo {
     /// Kernel's number.
     pub id: u32,
+    /// Name, cut to fifteen bytes by the kernel.
+    pub name: String,
     /// Hash of the instructions.
     pub tag: [u8; 8],
     /// Bytes of machine code.
@@ -308,6 +329,11 @@ pub(super) fn prog_info(prog: BorrowedFd<'_>) -> io::Result<ProgInfo> {
     tag.copy_from_slice(&raw[8..16]);
     Ok(ProgInfo {
         id: u32_at(&raw, 4),
+        name: raw[64..80]
+            .iter()
+            .take_while(|b| **b != 0)
+            .map(|b| char::from(*b))
+            .collect(),
         tag,
         jited_len: u32_at(&raw, 16),
         xlated_len: u32_at(&raw, 20),

@@ -33,7 +33,7 @@ use crate::project::Project;
 const TIME_LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// Cases that must have run: a test that was renamed or dropped must not turn into a pass.
-const REQUIRED: [&str; 7] = [
+const REQUIRED: [&str; 8] = [
     "load",
     "outbound",
     "inbound",
@@ -41,6 +41,7 @@ const REQUIRED: [&str; 7] = [
     "closed_port",
     "device_bound",
     "detach",
+    "dns_is_answered",
 ];
 
 /// What 5.10 lacks. The refusal has to name one.

@@ -52,6 +52,7 @@ pub(super) fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
         hold,
         virtual_ifindexes: [0; MAX_VIRTUAL],
         answering_ifindexes: [0; MAX_ANSWERING],
+        lookup_sources: [Addr::v6([0; 4]); 2],
     };
     set_interfaces(&mut pod, observed, &policy.virtual_interfaces);
     pod
@@ -69,6 +70,15 @@ pub(super) fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfa
         *slot = *index;
     }
     pod.single_ifindex = observed.single_interface().unwrap_or(0);
+    // With several interfaces the routes choose, by destination.
+    let source = |v4| {
+        let fits = |(on, ip): &&(u32, IpAddr)| {
+            *on == pod.single_ifindex && ip.is_ipv4() == v4 && !is_link_local(*ip)
+        };
+        let found = observed.addresses.iter().find(fits);
+        found.map_or(Addr::v6([0; 4]), |(_, ip)| Addr::from(*ip))
+    };
+    pod.lookup_sources = [source(true), source(false)];
     if pod.single_ifindex == 0 {
         pod.flags |= pod_flags::MULTI_INTERFACE;
     }

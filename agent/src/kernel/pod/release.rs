@@ -12,7 +12,7 @@ use crate::{
         netlink::Rtnetlink,
         netns::{self, Guard, Netns, NetnsCookie},
         node::Node,
-        pins, sockdiag, sys, sysctl,
+        pins, sockdiag, strays, sys, sysctl,
     },
     plan::netns as plan,
 };
@@ -28,6 +28,7 @@ pub(super) fn let_go(node: &Node, netns: &Netns) -> Result<Detached> {
     let record = node.maps().records.get(&cookie.0)?;
     forget_maps(node, cookie)?;
     let guard = netns.enter()?;
+    strays(cookie, &guard);
     let needed = sockdiag::marked(&guard, mark::FAMILY, mark::FAMILY_MASK)?;
     if needed > 0 && record.is_some() {
         return Ok(Detached::Draining(needed));
@@ -40,6 +41,19 @@ pub(super) fn let_go(node: &Node, netns: &Netns) -> Result<Detached> {
     } else {
         Detached::NotEnrolled
     })
+}
+
+/// No lookup of theirs is lost for good when this fails, so nothing else has to.
+pub(super) fn strays(cookie: NetnsCookie, guard: &Guard<'_>) {
+    match strays::reconnect(guard) {
+        Ok(0) => {}
+        Ok(count) => {
+            tracing::info!(%cookie, count, "sockets connected to their own resolvers again")
+        }
+        Err(error) => {
+            tracing::warn!(%cookie, %error, "looking for sockets that are still connected to ztunnel's DNS");
+        }
+    }
 }
 
 /// Clears away what the kernel holds of a pod that is gone. Its namespace, should it still be there, is left as it is:

@@ -178,3 +178,176 @@ fn other_ports_and_near_resolvers_are_left_alone() {
         (4, 4)
     );
 }
+
+#[test]
+fn a_socket_that_connects_again_reaches_whom_it_asks_for() {
+    let stage = Stage::captured("dns-again").unwrap();
+    for family in Family::BOTH {
+        let echo = stage
+            .outside
+            .run(|| UdpSocket::bind(stage.outside.at(family, 4000).unwrap()))
+            .unwrap();
+        echo.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+        let resolver = stage.resolver(family);
+        stage.pod.run(|| {
+            // As most resolvers' clients make them: connected without being bound.
+            let domain = socket2::Domain::for_address(resolver);
+            let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
+            let socket = UdpSocket::from(socket);
+            socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+            for _ in 0..2 {
+                socket.connect(resolver).unwrap();
+                assert_eq!(socket.peer_addr().unwrap(), resolver);
+                assert_eq!(socket.local_addr().unwrap().ip(), stage.pod_ip(family));
+                socket.send(&question(1, "mesh.test")).unwrap();
+                assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_ZTUNNEL)));
+
+                socket.connect(echo.local_addr().unwrap()).unwrap();
+                socket.send(b"hello").unwrap();
+                let (_, from) = echo.recv_from(&mut [0; 9]).unwrap();
+                assert_eq!(from.ip(), stage.pod_ip(family));
+                assert_eq!(socket.peer_addr().unwrap(), echo.local_addr().unwrap());
+            }
+        });
+    }
+}
+
+#[test]
+fn a_socket_without_its_peer_any_more() {
+    let stage = Stage::captured("dns-unspec").unwrap();
+    let resolver = stage.resolver(Family::V4);
+    stage.pod.run(|| {
+        let socket = bound(resolver).unwrap();
+        socket.connect(resolver).unwrap();
+        disconnect(&socket);
+        assert!(socket.peer_addr().is_err());
+        for to in [nobody(Family::V4), resolver] {
+            socket.send_to(&question(1, "mesh.test"), to).unwrap();
+            assert_eq!(receive(&socket).unwrap(), (to, (1, BY_ZTUNNEL)));
+        }
+    });
+}
+
+/// `connect()` to nobody.
+#[expect(unsafe_code, reason = "no safe wrapper takes AF_UNSPEC")]
+fn disconnect(socket: &UdpSocket) {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: plain data, for which all zeros (AF_UNSPEC) is valid.
+    let nobody: libc::sockaddr = unsafe { std::mem::zeroed() };
+    let length = libc::socklen_t::try_from(size_of_val(&nobody)).unwrap();
+    // SAFETY: the address is ours and as long as said.
+    let code = unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, length) };
+    assert_eq!(code, 0);
+}
+
+#[test]
+fn many_at_once_in_one_call_and_in_several_threads() {
+    let stage = Stage::captured("dns-many").unwrap();
+    let resolver = stage.resolver(Family::V4);
+    stage.pod.run(|| {
+        let socket = bound(resolver).unwrap();
+        let others = [resolver, nobody(Family::V4)];
+        // Four threads send, one receives: every answer is the one that was asked for.
+        std::thread::scope(|scope| {
+            for thread in 0..4_u16 {
+                let socket = &socket;
+                scope.spawn(move || {
+                    for n in 0..25 {
+                        let id = thread * 100 + n;
+                        let to = others[usize::from(id % 2)];
+                        socket.send_to(&question(id, "mesh.test"), to).unwrap();
+                    }
+                });
+            }
+            for _ in 0..100 {
+                let (from, (id, answer)) = receive(&socket).unwrap();
+                assert_eq!((from, answer), (others[usize::from(id % 2)], BY_ZTUNNEL));
+            }
+        });
+        several_in_one_call(&socket, others);
+    });
+}
+
+/// `sendmmsg` and `recvmmsg`.
+fn several_in_one_call(socket: &UdpSocket, to: [SocketAddr; 2]) {
+    use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg};
+    use std::io::{IoSlice, IoSliceMut};
+    use std::os::fd::AsRawFd as _;
+    let fd = socket.as_raw_fd();
+    let questions = [question(1, "mesh.test"), question(2, "mesh.test")];
+    let out: Vec<_> = questions.iter().map(|q| [IoSlice::new(q)]).collect();
+    let addrs = to.map(|to| match to {
+        SocketAddr::V4(v4) => Some(SockaddrIn::from(v4)),
+        SocketAddr::V6(_) => None,
+    });
+    let mut headers = MultiHeaders::preallocate(2, None);
+    let sent = sendmmsg(fd, &mut headers, &out, addrs, [], MsgFlags::empty()).unwrap();
+    assert_eq!(sent.count(), 2);
+    culvert_e2e::eventually("two answers in one call or two", {
+        let mut seen = 0;
+        move || {
+            let mut buffers = [[0_u8; 512]; 2];
+            let mut parts: Vec<_> = buffers.iter_mut().map(|b| [IoSliceMut::new(b)]).collect();
+            let mut headers = MultiHeaders::<SockaddrIn>::preallocate(2, None);
+            let got = recvmmsg(
+                fd,
+                &mut headers,
+                parts.iter_mut(),
+                MsgFlags::MSG_WAITFORONE,
+                None,
+            )?;
+            let from: Vec<_> = got
+                .map(|m| SocketAddr::from(std::net::SocketAddrV4::from(m.address.unwrap())))
+                .collect();
+            for (from, message) in from.into_iter().zip(&buffers) {
+                let (id, _) = culvert_e2e::dns::parse(message)?;
+                anyhow::ensure!(from == to[usize::from(id - 1)], "{from} answered {id}");
+                seen += 1;
+            }
+            Ok(seen == 2)
+        }
+    })
+    .unwrap();
+}
+
+#[test]
+fn bound_to_a_device_asks_the_resolver_itself() {
+    let stage = Stage::captured("dns-device").unwrap();
+    for family in Family::BOTH {
+        let resolver = stage.resolver(family);
+        stage.pod.run(|| {
+            for connected in [false, true] {
+                let socket = bound(resolver).unwrap();
+                let device = socket2::SockRef::from(&socket);
+                device
+                    .bind_device(Some(stage.pod.ifname().as_bytes()))
+                    .unwrap();
+                if connected {
+                    socket.connect(resolver).unwrap();
+                    socket.send(&question(1, "mesh.test")).unwrap();
+                } else {
+                    socket.send_to(&question(1, "mesh.test"), resolver).unwrap();
+                }
+                assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_RESOLVER)));
+            }
+        });
+    }
+    assert_eq!(
+        (stage.count("dns_left_udp4"), stage.count("dns_left_udp6")),
+        (2, 2)
+    );
+}
+
+#[test]
+fn a_mark_alone_does_not_get_past() {
+    let stage = Stage::captured("dns-mark").unwrap();
+    let resolver = stage.resolver(Family::V4);
+    stage.pod.run(|| {
+        let socket = bound(resolver).unwrap();
+        socket2::SockRef::from(&socket).set_mark(0x539).unwrap();
+        socket.send_to(&question(1, "mesh.test"), resolver).unwrap();
+        assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_ZTUNNEL)));
+    });
+    assert_eq!(stage.count("impostor"), 1);
+    assert_eq!(stage.count("dns_ztunnel_udp4"), 0);
+}

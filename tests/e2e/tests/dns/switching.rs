@@ -105,3 +105,108 @@ fn an_unconnected_socket_follows_every_change() {
     stage.mesh.lab.detach(&stage.pod).unwrap();
     assert_eq!(asks(), BY_RESOLVER);
 }
+
+#[test]
+fn sockets_that_were_redirected_are_not_left_behind() {
+    let stage = Stage::open("dns-strays").unwrap();
+    let connected = |family| {
+        let resolver = stage.resolver(family);
+        let socket = stage.pod.run(|| bound(resolver)).unwrap();
+        socket.connect(resolver).unwrap();
+        socket
+    };
+    let asks = |socket: &std::net::UdpSocket, family| {
+        socket.send(&question(1, "mesh.test")).unwrap();
+        let (from, (_, answer)) = receive(socket).unwrap();
+        assert_eq!(from, stage.resolver(family));
+        assert_eq!(socket.peer_addr().unwrap(), stage.resolver(family));
+        answer
+    };
+    // From before enrolment, from under capture, and once more after that.
+    let early = Family::BOTH.map(|family| (connected(family), family));
+    stage.enrol(&["--dns"]).unwrap();
+    for (socket, family) in &early {
+        assert_eq!(asks(socket, *family), BY_RESOLVER);
+    }
+    let captured = Family::BOTH.map(|family| (connected(family), family));
+    for (socket, family) in &captured {
+        assert_eq!(asks(socket, *family), BY_ZTUNNEL);
+    }
+    stage.enrol(&[]).unwrap();
+    for (socket, family) in &captured {
+        assert_eq!(asks(socket, *family), BY_RESOLVER);
+    }
+    stage.enrol(&["--dns"]).unwrap();
+    let again = Family::BOTH.map(|family| (connected(family), family));
+    for (socket, family) in &again {
+        assert_eq!(asks(socket, *family), BY_ZTUNNEL);
+    }
+    stage.mesh.lab.detach(&stage.pod).unwrap();
+    stage.mesh.zds.del(stage.pod.name()).unwrap();
+    for (socket, family) in early.iter().chain(&captured).chain(&again) {
+        assert_eq!(asks(socket, *family), BY_RESOLVER);
+    }
+}
+
+#[test]
+fn pods_cgroup_is_found_and_others_that_run_first_are_told() {
+    let stage = Stage::open("dns-cgroup").unwrap();
+    let root = stage.mesh.lab.cgroup().to_owned();
+    let kubepods = root.join("node1/kubepods");
+    std::fs::create_dir_all(&kubepods).unwrap();
+    for dir in [root.join("node1"), kubepods.clone()] {
+        std::fs::write(dir.join("cgroup.type"), "threaded").unwrap();
+    }
+    let resolver = stage.resolver(Family::V4);
+    let place = || stage.mesh.show(&stage.pod).unwrap()["dns"]["cgroup"].clone();
+    // Nobody is in it: the processes of pods are at the root.
+    stage.enrol(&["--dns"]).unwrap();
+    assert_eq!(place(), root.to_str().unwrap());
+    // A pod's process is in it: it is taken, and what is outside is not seen.
+    let ask_inside = || {
+        stage.pod.run(|| {
+            let tid = nix::unistd::gettid().to_string();
+            std::fs::write(kubepods.join("cgroup.threads"), tid).unwrap();
+            let load = || {
+                stage
+                    .mesh
+                    .lab
+                    .culvert(&["-o", "json", "load"])
+                    .unwrap()
+                    .ok()
+                    .unwrap()
+            };
+            let report = load().json().unwrap();
+            assert_eq!(report["dns"]["found"], "kubepods", "{report}");
+            assert_eq!(report["dns"]["cgroup"], kubepods.to_str().unwrap());
+            assert_eq!(report["dns"]["ahead"], serde_json::json!([]));
+            let answer = culvert_e2e::dns::ask_here(resolver, "mesh.test").unwrap();
+            std::fs::write(
+                root.join("cgroup.threads"),
+                nix::unistd::gettid().to_string(),
+            )
+            .unwrap();
+            answer
+        })
+    };
+    assert_eq!(ask_inside(), BY_ZTUNNEL);
+    assert_eq!(place(), kubepods.to_str().unwrap());
+    assert_eq!(ask(&stage.pod, resolver, "mesh.test").unwrap(), BY_RESOLVER);
+    // Named by hand.
+    let named = root.to_str().unwrap();
+    let load = ["--dns-cgroup", named, "-o", "json", "load"];
+    let report = stage
+        .mesh
+        .lab
+        .culvert(&load)
+        .unwrap()
+        .ok()
+        .unwrap()
+        .json()
+        .unwrap();
+    assert_eq!(report["dns"]["found"], "named", "{report}");
+    assert_eq!(ask(&stage.pod, resolver, "mesh.test").unwrap(), BY_ZTUNNEL);
+    for dir in [&kubepods, &root.join("node1")] {
+        std::fs::remove_dir(dir).unwrap();
+    }
+}

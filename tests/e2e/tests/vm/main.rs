@@ -5,6 +5,7 @@
 //! Finer points of each case are tested by the other files of this directory on the machine's own kernel.
 
 mod away;
+mod dns;
 mod escape;
 mod paths;
 
