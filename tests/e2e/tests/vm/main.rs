@@ -8,6 +8,7 @@ mod away;
 mod dns;
 mod escape;
 mod paths;
+mod probes;
 
 use std::net::TcpStream;
 use std::time::Duration;
