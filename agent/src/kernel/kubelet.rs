@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+use culvert_ebpf::abi::ProcessKey;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -61,31 +62,29 @@ pub fn check() -> Result<()> {
     process::identify(std::process::id(), OTHERWISE).map(drop)
 }
 
+/// Who was found.
+#[derive(Debug, Default)]
+struct Found {
+    pids: Vec<u32>,
+    /// Of processes that could not be looked at, the last one's reason. There may always be some, and none of them the
+    /// kubelet.
+    denied: Option<io::Error>,
+}
+
 /// The kubelets that run in the calling thread's network namespace, by the names of their executables.
-pub fn find(names: &[String]) -> Result<Vec<u32>> {
+fn find(names: &[String]) -> Result<Found> {
     let here = network_of(Path::new("/proc/thread-self"))
         .map_err(|e| Error::system("examine", "our own network namespace", e))?;
-    let mut found = Vec::new();
-    let mut denied = None;
+    let mut found = Found::default();
     for pid in procfs::processes(Path::new(PROC))? {
         match is_kubelet(pid, names, here) {
-            Ok(true) => found.push(pid),
+            Ok(true) => found.pids.push(pid),
             Ok(false) => {}
-            Err(error) => denied = Some(error),
+            Err(error) => found.denied = Some(error),
         }
     }
-    match denied {
-        Some(error) if found.is_empty() => Err(Error::system(
-            "look for the kubelet among",
-            "the processes of this node",
-            error,
-        )
-        .cured_by(format!("give the agent CAP_SYS_PTRACE{OTHERWISE}"))),
-        _ => {
-            found.sort_unstable();
-            Ok(found)
-        }
-    }
+    found.pids.sort_unstable();
+    Ok(found)
 }
 
 /// Device and inode of a process's network namespace.
@@ -126,11 +125,16 @@ fn is_roots(status: &[u8]) -> bool {
         .is_some_and(|effective| effective == "0")
 }
 
-/// Looks for kubelets now, and makes those it finds the ones that may vouch.
-fn name(node: &Node, names: &[String]) -> Result<Vec<(u32, Process)>> {
+/// Kubelets that are held, with their ids.
+type Held = Vec<(u32, Process)>;
+
+/// Looks for kubelets now, and makes those it finds, and nobody else, the ones that may vouch. With them goes why others
+/// could not be looked at.
+fn name(node: &Node, names: &[String]) -> Result<(Held, Option<io::Error>)> {
     let mut held = Vec::new();
     let mut keys = Vec::new();
-    for pid in find(names)? {
+    let found = find(names)?;
+    for pid in found.pids {
         match hold(pid, names) {
             Ok(Some((process, identity))) => {
                 let _lock = node.lock()?;
@@ -142,13 +146,19 @@ fn name(node: &Node, names: &[String]) -> Result<Vec<(u32, Process)>> {
             Err(error) => return Err(error),
         }
     }
+    keep_only(node, &keys)?;
+    Ok((held, found.denied))
+}
+
+/// Nobody else may vouch any more.
+fn keep_only(node: &Node, keys: &[ProcessKey]) -> Result<()> {
     let _lock = node.lock()?;
     for key in node.maps().vouchers.keys()? {
         if !keys.contains(&key) {
             node.maps().vouchers.remove(&key)?;
         }
     }
-    Ok(held)
+    Ok(())
 }
 
 /// Takes hold of a kubelet; none if it is no longer one.
@@ -222,13 +232,15 @@ fn follow(node: &Node, names: &[String], stop: &Stop, tell: &mut dyn FnMut(InFor
     let mut pause = FIRST_PAUSE;
     while !stop.wanted.load(Ordering::Acquire) {
         let (held, force) = match name(node, names) {
-            Ok(held) if held.is_empty() => (held, missing(names)),
-            Ok(held) => {
+            Ok((held, denied)) if held.is_empty() => (held, missing(names, denied)),
+            Ok((held, _)) => {
                 let pids = held.iter().map(|(pid, _)| *pid).collect();
                 (held, InForce::Processes { pids })
             }
             Err(error) => {
-                let why = error.to_string();
+                // Who was named before may be anybody by now.
+                let cleared = keep_only(node, &[]);
+                let why = cleared.err().unwrap_or(error).to_string();
                 (Vec::new(), InForce::Nobody { why })
             }
         };
@@ -252,11 +264,14 @@ fn follow(node: &Node, names: &[String], stop: &Stop, tell: &mut dyn FnMut(InFor
     }
 }
 
-fn missing(names: &[String]) -> InForce {
+fn missing(names: &[String], denied: Option<io::Error>) -> InForce {
+    let unseen = denied.map_or(String::new(), |error| {
+        format!(", give it CAP_SYS_PTRACE (not all processes could be looked at: {error})")
+    });
     InForce::Nobody {
         why: format!(
             "no process of root in this network namespace has an executable named {}: run the agent in the host's PID \
-             and network namespaces (hostPID, hostNetwork), or name the executable{OTHERWISE}",
+             and network namespaces (hostPID, hostNetwork){unseen}, or name the executable{OTHERWISE}",
             names.join(" or ")
         ),
     }
