@@ -190,6 +190,8 @@ impl LogControl {
                 .map_err(|e| LogError("change the level", e.to_string()))?;
         }
         *current = level.clone();
+        drop(current);
+        tracing::info!(filter = level.as_str(), "the log has another level");
         Ok(())
     }
 }

@@ -203,7 +203,8 @@ fn fixed(rows: Vec<Row>) -> Read {
 
 /// Numbers of this process, under the names that Prometheus's own libraries give them.
 fn process(book: &mut Book) {
-    let all: [(&'static str, &str, bool, fn() -> Option<f64>); 4] = [
+    type Number = (&'static str, &'static str, bool, fn() -> Option<f64>);
+    let all: [Number; 4] = [
         (
             "process_resident_memory_bytes",
             "Resident memory of the agent",

@@ -41,7 +41,7 @@ pub(crate) fn run(global: &Global, args: &Args) -> anyhow::Result<ExitCode> {
                 continue;
             }
             match global.output {
-                Format::Json => println!("{}", serde_json::to_string(&e)?),
+                Format::Json | Format::Yaml => println!("{}", serde_json::to_string(&e)?),
                 Format::Table => println!(
                     "{:>12.6}  pod {}  {:<8}  {:<22}  {} -> {}",
                     e.time_ns as f64 / 1e9,

@@ -6,6 +6,7 @@ mod install;
 mod load;
 mod netns;
 mod output;
+mod status;
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
 
@@ -77,6 +78,8 @@ enum Command {
     Netns(netns::Command),
     /// Print decisions as they happen.
     Events(events::Args),
+    /// How the agent and this node's pods stand; without an agent, what the kernel alone says.
+    Status(status::Args),
     Install(install::Args),
     Uninstall(install::UninstallArgs),
 }
@@ -109,6 +112,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Preflight => load::preflight(global),
         Command::Netns(command) => netns::run(global, command),
         Command::Events(args) => events::run(global, args),
+        Command::Status(args) => status::run(global, args),
         Command::Install(args) => install::install(global, args),
         Command::Uninstall(args) => install::uninstall(global, args),
     };

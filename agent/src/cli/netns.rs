@@ -436,7 +436,7 @@ fn watch(global: &Global) -> anyhow::Result<ExitCode> {
         if round.watched != watched || round.synced > 0 {
             watched = round.watched;
             match global.output {
-                Format::Json => println!(
+                Format::Json | Format::Yaml => println!(
                     "{}",
                     json!({ "watched": round.watched, "synced": round.synced })
                 ),
@@ -454,13 +454,13 @@ fn follow_kubelet(global: &Global, node: &Arc<Node>) -> anyhow::Result<kubelet::
     let output = global.output;
     let names = kubelet::NAMES.map(str::to_owned).to_vec();
     let tell = move |force| match (force, output) {
-        (kubelet::InForce::Processes { pids }, Format::Json) => {
+        (kubelet::InForce::Processes { pids }, Format::Json | Format::Yaml) => {
             println!("{}", json!({ "kubelet": pids }));
         }
         (kubelet::InForce::Processes { pids }, Format::Table) => {
             println!("vouching for the kubelet, process {pids:?}");
         }
-        (kubelet::InForce::Nobody { why }, Format::Json) => {
+        (kubelet::InForce::Nobody { why }, Format::Json | Format::Yaml) => {
             println!("{}", json!({ "kubelet": null, "why": why }));
         }
         (kubelet::InForce::Nobody { why }, Format::Table) => {

@@ -11,6 +11,8 @@ pub(crate) enum Format {
     Table,
     /// For programs.
     Json,
+    /// For files of settings.
+    Yaml,
 }
 
 /// Prints `value` as JSON, or what `table` makes of it.
@@ -21,6 +23,7 @@ pub(crate) fn print<T: Serialize>(
 ) -> anyhow::Result<()> {
     let text = match format {
         Format::Json => serde_json::to_string_pretty(value)?,
+        Format::Yaml => serde_saphyr::to_string(value)?,
         Format::Table => table(value),
     };
     let mut out = std::io::stdout().lock();
@@ -35,7 +38,8 @@ pub(crate) fn print<T: Serialize>(
 pub(crate) fn error(format: Format, error: &anyhow::Error) {
     let text = format!("{error:#}");
     match format {
-        Format::Json => eprintln!("{}", serde_json::json!({ "error": text })),
+        // JSON is YAML as well.
+        Format::Json | Format::Yaml => eprintln!("{}", serde_json::json!({ "error": text })),
         Format::Table => eprintln!("error: {text}"),
     }
 }

@@ -1,0 +1,307 @@
+//! The daemon as an operator meets it: its status, its privileges, its addresses, its log, its end.
+#![expect(
+    clippy::unwrap_used,
+    reason = "test code: a step that fails is a test that fails"
+)]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use culvert::kernel::privileges::NEEDED;
+use culvert_e2e::eventually;
+use culvert_lab::{Child, Creds, CulvertOutput, Lab};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+/// A machine that does other things as well.
+const LONG: Duration = Duration::from_secs(30);
+
+/// A node with a directory of manifests, and the paths of an agent of its own.
+struct Host {
+    dir: PathBuf,
+    lab: Lab,
+}
+
+impl Host {
+    fn new(name: &str) -> Result<Self> {
+        let lab = Lab::new(name)?;
+        let dir = std::env::temp_dir().join(format!("{}-op", lab.id()));
+        fs::create_dir_all(dir.join("pods"))?;
+        Ok(Self { dir, lab })
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
+    }
+
+    fn agent(&self, creds: Creds, more: &[&str]) -> Result<Child> {
+        let (run, pods, decisions, zds) = (
+            self.at("run"),
+            self.at("pods"),
+            self.at("decisions.json"),
+            self.at("z.sock"),
+        );
+        let args = [
+            "agent",
+            "--pods",
+            &pods,
+            "--run-dir",
+            &run,
+            "--decision-file",
+            &decisions,
+            "--zds-socket",
+            &zds,
+            "--cni-install=false",
+            "--probe-source",
+            "none",
+            "--dns-capture=false",
+        ];
+        self.lab
+            .culvert_spawn_as(creds, &[&args[..], more].concat())
+    }
+
+    fn status(&self, more: &[&str]) -> Result<CulvertOutput> {
+        let socket = self.at("run/agent.sock");
+        self.lab
+            .culvert(&[more, &["status", "--agent-socket", &socket]].concat())
+    }
+
+    fn wait_ready(&self) -> Result<Value> {
+        eventually("the agent answers and is ready", || {
+            Ok(self.status(&[])?.status.success())
+        })?;
+        self.status(&["-o", "json"])?.ok()?.json()
+    }
+
+    /// One request to an address of the node.
+    fn ask(&self, port: u16, request: &str) -> Result<String> {
+        self.lab.node().run(|| {
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+            stream.set_read_timeout(Some(LONG))?;
+            write!(
+                stream,
+                "{request} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"
+            )?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        })
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.dir).unwrap_or_default();
+    }
+}
+
+/// Sets of capabilities of every thread of a process, and whether it may gain others.
+fn threads(pid: u32) -> Result<BTreeSet<Vec<String>>> {
+    let mut found = BTreeSet::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let text = fs::read_to_string(thread?.path().join("status"))?;
+        let lines = text
+            .lines()
+            .filter(|l| l.starts_with("Cap") || l.starts_with("NoNewPrivs"));
+        found.insert(
+            lines
+                .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+                .collect(),
+        );
+    }
+    Ok(found)
+}
+
+#[test]
+fn an_agent_from_its_start_to_its_end() {
+    let host = Host::new("operation").unwrap();
+    let before = host.status(&[]).unwrap();
+    assert!(!before.status.success());
+    assert!(
+        before.stdout.contains("agent: away: no agent at"),
+        "{before:?}"
+    );
+    assert!(before.stdout.contains("nothing is loaded"), "{before:?}");
+
+    let agent = host.agent(Creds::Root, &["--log-format", "json"]).unwrap();
+    let report = host.wait_ready().unwrap();
+    assert_eq!(report["pid"], agent.pid());
+    assert_eq!(report["pods"], Value::Array(Vec::new()));
+    assert!(!report["readiness"]["tasks"].as_array().unwrap().is_empty());
+
+    // Every thread has what is listed and no more.
+    let needed = NEEDED.iter().fold(0_u64, |set, need| set | 1 << need.bit());
+    let (all, none) = (format!("{needed:016x}"), format!("{:016x}", 0));
+    let expected = [
+        ("CapInh", &none),
+        ("CapPrm", &all),
+        ("CapEff", &all),
+        ("CapBnd", &all),
+        ("CapAmb", &none),
+    ];
+    let mut expected: Vec<String> = expected.iter().map(|(k, v)| format!("{k}: {v}")).collect();
+    expected.push("NoNewPrivs: 1".to_owned());
+    assert_eq!(threads(agent.pid()).unwrap(), [expected].into());
+
+    for (port, path, text) in [
+        (8000, "/healthz", "alive"),
+        (8000, "/readyz", "ready\n"),
+        (15014, "/metrics", "culvert_wanted_pods 0\n"),
+    ] {
+        let answer = host.ask(port, &format!("GET {path}")).unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 200") && answer.contains(text),
+            "{path}: {answer}"
+        );
+    }
+
+    // At `error` it does not even say that it is at `error`.
+    for level in ["error", "info"] {
+        let changed = host
+            .ask(15014, &format!("PUT /loglevel?level={level}"))
+            .unwrap();
+        assert!(changed.starts_with("HTTP/1.1 200"), "{changed}");
+    }
+    agent.wait_for_output(r#""filter":"info""#, LONG).unwrap();
+    assert!(
+        !agent.stderr().contains(r#""filter":"error""#),
+        "{}",
+        agent.stderr()
+    );
+    for line in agent.stderr().lines() {
+        let event: Value = serde_json::from_str(line)
+            .with_context(|| line.to_owned())
+            .unwrap();
+        assert!(
+            event["timestamp"].is_string() && event["message"].is_string(),
+            "{line}"
+        );
+    }
+
+    agent.signal(Signal::SIGTERM).unwrap();
+    let ended = agent.wait(LONG).unwrap();
+    assert!(ended.success(), "{ended:?}: {}", agent.stderr());
+    let after = host.status(&[]).unwrap();
+    assert!(!after.status.success());
+    assert!(
+        after.stdout.contains("kernel: programs are loaded"),
+        "{after:?}"
+    );
+    let after = host.status(&["-o", "json"]).unwrap().json().unwrap();
+    assert_eq!(after["loaded"], true);
+    assert!(
+        after["error"].as_str().unwrap().contains("no agent at"),
+        "{after}"
+    );
+}
+
+#[test]
+fn an_agent_that_cannot_work_says_why_and_ends() {
+    let host = Host::new("operation-not").unwrap();
+    for need in NEEDED {
+        let kept = NEEDED.iter().filter(|n| n.name != need.name);
+        let creds = Creds::RootWith(kept.fold(0, |set, n| set | 1 << n.bit()));
+        let agent = host.agent(creds, &[]).unwrap();
+        assert!(
+            !agent.wait(LONG).unwrap().success(),
+            "it runs without {}",
+            need.name
+        );
+        let said = agent.stderr();
+        assert!(
+            said.contains(&format!("missing: {} (", need.name))
+                && said.contains(&format!("add {} ", need.name)),
+            "without {}: {said}",
+            need.name
+        );
+    }
+
+    // With exactly the listed ones it runs.
+    let creds = Creds::RootWith(NEEDED.iter().fold(0, |set, n| set | 1 << n.bit()));
+    let first = host.agent(creds, &[]).unwrap();
+    host.wait_ready().unwrap();
+    let second = Host::new("operation-second").unwrap();
+    let (run, pods) = (second.at("run"), second.at("pods"));
+    let args = [
+        "agent",
+        "--pods",
+        &pods,
+        "--run-dir",
+        &run,
+        "--cni-install=false",
+    ];
+    let again = host.lab.culvert_spawn(&args).unwrap();
+    assert!(!again.wait(LONG).unwrap().success());
+    let said = again.stderr();
+    assert!(
+        said.contains("port 15014 is taken") && said.contains("--metrics-address"),
+        "{said}"
+    );
+
+    let wrong = [
+        "agent",
+        "--ztunnel-grace",
+        "soon",
+        "--ipv6=maybe",
+        "--pods",
+        "relative",
+    ];
+    let wrong = host.lab.culvert(&wrong).unwrap();
+    assert!(!wrong.status.success());
+    for text in ["ztunnel-grace (flag)", "ipv6 (flag)", "pods (flag)"] {
+        assert!(wrong.stderr.contains(text), "{wrong:?}");
+    }
+    first.term().unwrap();
+    assert!(first.wait(LONG).unwrap().success());
+}
+
+#[test]
+fn settings_are_printed_with_their_origins() {
+    let host = Host::new("operation-print").unwrap();
+    let file = host.at("settings.yaml");
+    fs::write(&file, "probe-source: node\n").unwrap();
+    let args = [
+        "agent",
+        "--node-name",
+        "node-1",
+        "--config",
+        &file,
+        "--print-config",
+    ];
+    let table = host.lab.culvert(&args).unwrap().ok().unwrap();
+    let row = table
+        .stdout
+        .lines()
+        .find(|l| l.starts_with("probe-source"))
+        .unwrap();
+    assert!(
+        row.contains("node") && row.ends_with(&format!("file {file}:1")),
+        "{row}"
+    );
+    for format in ["json", "yaml"] {
+        let output = host
+            .lab
+            .culvert(&[&["-o", format], &args[..]].concat())
+            .unwrap()
+            .ok()
+            .unwrap();
+        let value: Result<Value> = match format {
+            "json" => output.json(),
+            _ => serde_saphyr::from_str(&output.stdout).map_err(Into::into),
+        };
+        let value = value.unwrap();
+        let all = value["settings"].as_array().unwrap();
+        let of = |key: &str| all.iter().find(|s| s["key"] == key).unwrap();
+        assert_eq!(of("node-name")["from"], "flag", "{format}");
+        assert_eq!(of("bpffs")["from"], "flag", "the lab names it");
+        assert_eq!(of("ztunnel-grace")["value"], "10s");
+    }
+    assert!(!host.dir.join("run").exists(), "printing starts nothing");
+}
