@@ -47,9 +47,9 @@ pub(crate) fn ensure_control_plane(project: &Project) -> Result<()> {
     cmd::run(command(project)?.args(["build", "--control-plane"]))
 }
 
-/// Builds all that a cluster consists of.
+/// Builds all that clusters consist of, Cilium too.
 pub(crate) fn ensure(project: &Project) -> Result<()> {
-    cmd::run(command(project)?.arg("build"))
+    cmd::run(command(project)?.args(["build", "--cilium"]))
 }
 
 fn command(project: &Project) -> Result<std::process::Command> {

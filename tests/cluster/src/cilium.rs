@@ -24,13 +24,14 @@ const TOKEN: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What of the chart is of use without the DaemonSet and the operator.
 const TEMPLATES: [&str; 7] = [
+    // First: roles are made in it.
+    "cilium-secrets-namespace.yaml",
     "cilium-agent/clusterrole.yaml",
     "cilium-agent/clusterrolebinding.yaml",
     "cilium-agent/role.yaml",
     "cilium-agent/rolebinding.yaml",
     "cilium-agent/serviceaccount.yaml",
     "cilium-configmap.yaml",
-    "cilium-secrets-namespace.yaml",
 ];
 
 /// The fast settings: no kube-proxy, routing and masquerading in BPF, and socket load balancing for the host alone,
