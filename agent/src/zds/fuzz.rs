@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    conversation::{Patience, Reason, Step, Workload},
     messages::{MAX_PACKET, Request},
     registry::{PeerId, Registry},
+    terms::{Patience, Reason, Step, Workload},
 };
 use crate::model::PodUid;
 

@@ -5,7 +5,7 @@
 
 use prost::Message as _;
 
-use super::conversation::{Message, Workload};
+use super::terms::{Message, Workload};
 use crate::model::PodUid;
 
 /// The longest packet either side reads.

@@ -10,11 +10,11 @@ use std::{
 };
 
 use super::{
-    conversation::{
-        Conversation, Generation, Heard, Patience, PeerState, Reason, RemovalId, Said, Step,
-        Wanted, Workload,
-    },
+    conversation::Conversation,
     messages::{MAX_PACKET, Request},
+    terms::{
+        Generation, Heard, Patience, PeerState, Reason, RemovalId, Said, Step, Wanted, Workload,
+    },
 };
 use crate::model::PodUid;
 

@@ -10,8 +10,8 @@ use prost::Message as _;
 
 use super::*;
 use crate::zds::{
-    conversation::Message,
     messages::{Ack, WorkloadResponse, ZdsHello},
+    terms::Message,
 };
 
 /// Stands for a namespace's descriptor.

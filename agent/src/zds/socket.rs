@@ -26,7 +26,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{conversation::Reason, messages::MAX_PACKET};
+use super::{messages::MAX_PACKET, terms::Reason};
 
 /// Only the owner: our own user, which uid 0 of ztunnel's container is as well. It needs no capability for that.
 const MODE: u32 = 0o600;
