@@ -39,6 +39,10 @@ pub(super) fn run(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode>
         return Ok(ExitCode::SUCCESS);
     }
     let log = logging::start(&loaded.config.log_level, loaded.config.log_format)?;
+    // Whoever started us may have blocked the signals that end us, and threads inherit that.
+    nix::sys::signal::SigSet::empty()
+        .thread_set_mask()
+        .context("unblocking signals")?;
     // Before there is a second thread: capabilities are each thread's own.
     privileges::drop_others()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use culvert_lab::{Child, CulvertOutput, Family, Lab, Ns, Zds, Ztunnel, ZtunnelOptions};
-use serde_json::Value;
+use culvert_lab::{Agent, AgentOptions, Child, Family, Lab, Ns, Ztunnel, ZtunnelOptions};
+use serde_json::{Value, json};
 
 use crate::access_log::AccessLog;
 use crate::{interrupt, programs, report};
@@ -16,6 +16,8 @@ const SYSCTLS: [&str; 3] = [
     "net/ipv4/fwmark_reflect",
     "net/ipv6/fwmark_reflect",
 ];
+/// The Kubernetes namespace of all three pods.
+const NAMESPACE: &str = "default";
 /// ztunnel's ports that pods' connections are steered to: outbound, inbound, DNS.
 const LISTENERS: usize = 3;
 
@@ -24,8 +26,10 @@ const LISTENERS: usize = 3;
 pub(crate) struct Stage {
     /// `None` while it is away.
     ztunnel: Option<Ztunnel>,
-    options: ZtunnelOptions,
-    pub(crate) zds: Zds,
+    /// `None` before it is started and after it was stopped.
+    agent: Option<Agent>,
+    peers: ZtunnelOptions,
+    pub(crate) options: AgentOptions,
     _servers: [Child; 2],
     pub(crate) log: AccessLog,
     pub(crate) client: Ns,
@@ -45,14 +49,21 @@ impl Stage {
         let web = lab.pod("web")?;
         let legacy = lab.pod("legacy")?;
         let servers = [programs::nginx(&lab, &web)?, programs::iperf3_server(&web)?];
-        let zds = Zds::start(&lab)?;
-        let options = ZtunnelOptions::new().hbone(&client).hbone(&web);
-        let ztunnel = Ztunnel::start(&lab, &zds, &options)?;
+        let peers = ZtunnelOptions::new().hbone(&client).hbone(&web);
+        // There is no kubelet here whose probes could be told from other connections of the node.
+        let options = AgentOptions::new(&lab).arg("--probe-source=node");
+        options.namespace(NAMESPACE, None)?;
+        for pod in [&client, &web] {
+            options.pod(pod, &json!({}), &json!({}))?;
+        }
+        let out = json!({"istio.io/dataplane-mode": "none"});
+        options.pod(&legacy, &out, &json!({}))?;
         interrupt::check()?;
         Ok(Self {
-            ztunnel: Some(ztunnel),
+            ztunnel: None,
+            agent: None,
+            peers,
             options,
-            zds,
             _servers: servers,
             log: AccessLog::at(programs::access_log(&lab)),
             client,
@@ -67,7 +78,7 @@ impl Stage {
         let roles = [
             (
                 self.lab.node(),
-                "ztunnel (a stand-in for it that is part of the tests)",
+                "the agent; ztunnel (a stand-in for it that is part of the tests)",
             ),
             (&self.client, "curl, iperf3"),
             (&self.web, "nginx on port 80, iperf3"),
@@ -110,33 +121,71 @@ impl Stage {
         Ok(ztunnel.pid())
     }
 
-    /// Starts another ztunnel, which is told of no pod yet.
+    /// Starts another ztunnel, and waits until the agent has told it of both pods.
     pub(crate) fn start_ztunnel(&mut self) -> Result<u32> {
-        for pod in [&self.client, &self.web] {
-            self.zds.del(pod.name())?;
-        }
-        let ztunnel = Ztunnel::start(&self.lab, &self.zds, &self.options)?;
+        let ztunnel = Ztunnel::launch_at(&self.lab, &self.options.zds(), &self.peers)?;
         let pid = ztunnel.pid();
         self.ztunnel = Some(ztunnel);
+        interrupt::wait_for(report::PATIENCE, || {
+            let status = self.agent()?.status()?;
+            let known = status["ztunnels"].as_array().map(Vec::as_slice);
+            let mut known = known.unwrap_or_default().iter();
+            Ok(
+                if known.any(|z| z["pid"] == pid && z["snapshot_sent"] == true) {
+                    Ok(())
+                } else {
+                    Err(format!(
+                        "the agent knows these ztunnels: {}",
+                        status["ztunnels"]
+                    ))
+                },
+            )
+        })?;
         Ok(pid)
     }
 
-    /// Enrols a pod the way the agent does: `culvert netns attach`, which also says which process is ztunnel, and only
-    /// then ztunnel itself; before, it would be refused its own mark. Returns what `culvert` printed.
-    pub(crate) fn enrol(&self, pod: &Ns) -> Result<Value> {
-        let pid = self.ztunnel()?.pid().to_string();
-        let printed = first_pod(self.lab.attach(pod, &["--ztunnel", &pid, "-o", "json"])?)?;
-        self.zds.add_pod(pod)?;
-        self.wait_for_listeners(pod)?;
-        Ok(printed)
+    /// Starts the agent on the directory of manifests.
+    pub(crate) fn start_agent(&mut self) -> Result<u32> {
+        let agent = self.options.start(&self.lab)?;
+        let pid = agent.pid();
+        self.agent = Some(agent);
+        Ok(pid)
     }
 
-    /// `culvert netns detach` of a pod. Returns what it printed.
-    pub(crate) fn detach(&self, pod: &Ns, args: &[&str]) -> Result<Value> {
-        let path = pod.path().display().to_string();
-        let mut all = vec!["-o", "json", "netns", "detach", "--netns", &path];
-        all.extend(args);
-        first_pod(self.lab.culvert(&all)?)
+    /// Stops the agent as Kubernetes does, by SIGTERM.
+    pub(crate) fn stop_agent(&mut self) -> Result<()> {
+        self.agent.take().context("the agent is away")?.stop()
+    }
+
+    pub(crate) fn agent(&self) -> Result<&Agent> {
+        self.agent.as_ref().context("the agent is away")
+    }
+
+    /// Labels the namespace of all pods, or takes the label away.
+    pub(crate) fn label(&self, mode: Option<&str>) -> Result<()> {
+        self.options.namespace(NAMESPACE, mode)
+    }
+
+    /// Waits until the agent says so of a pod; `none` is said of one that has nothing to do with the mesh.
+    pub(crate) fn wait_for_state(&self, pod: &Ns, wanted: &str) -> Result<()> {
+        interrupt::wait_for(report::PATIENCE, || {
+            let state = self.agent()?.state(pod)?;
+            Ok(if state == wanted {
+                Ok(())
+            } else {
+                Err(format!(
+                    "{} is {state} and not {wanted}; the agent says:\n{}",
+                    pod.name(),
+                    self.agent()?.process().stderr()
+                ))
+            })
+        })
+    }
+
+    /// Waits until the agent has enrolled a pod, and all of ztunnel's listeners in it are known.
+    pub(crate) fn wait_until_enrolled(&self, pod: &Ns) -> Result<()> {
+        self.wait_for_state(pod, "enrolled")?;
+        self.wait_for_listeners(pod)
     }
 
     /// Waits until all of ztunnel's listeners in a pod are known and `culvert` calls the pod whole.
@@ -217,14 +266,6 @@ pub(crate) fn differences(before: &Picture, now: &Picture) -> Vec<String> {
 /// The families as a person says them.
 pub(crate) fn both(addr: impl Fn(Family) -> Result<String>) -> Result<String> {
     Ok(format!("{} and {}", addr(Family::V4)?, addr(Family::V6)?))
-}
-
-fn first_pod(output: CulvertOutput) -> Result<Value> {
-    let printed = output.ok()?.json()?;
-    printed["pods"]
-        .get(0)
-        .cloned()
-        .with_context(|| format!("culvert names no pod: {printed}"))
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ pub(crate) fn play(
     start: &Start,
     held: &Held,
 ) -> Result<()> {
-    report.step("Un-enrolled: `culvert netns detach`, then `culvert unload`")?;
+    report.step("Un-enrolled: the label goes, then the agent, then `culvert unload`")?;
     let carried = stage.count(&stage.client, "hbone_out")?;
     let meshed = report.need("two more curls, through ztunnel", || {
         let meshed = Steady::open(stage, &stage.client, "carried")?;
@@ -26,17 +26,14 @@ pub(crate) fn play(
     })?;
     let held = held.clone().and(Held::by(&stage.lab)?);
     report.need("client and web are let go", || {
-        let mut said = Vec::new();
+        stage.label(None)?;
         for pod in stage.members() {
-            let printed = stage.detach(pod, &[])?;
-            ensure!(printed["result"] == "draining", "culvert says {printed}");
-            said.push(format!(
-                "{} {} connections",
-                pod.name(),
-                printed["connections"]
-            ));
+            stage.wait_for_state(pod, "draining")?;
         }
-        Ok(((), format!("draining: {}", said.join(", "))))
+        Ok((
+            (),
+            "both are draining: new connections go direct".to_owned(),
+        ))
     })?;
     report.line("the connections through ztunnel", || {
         meshed.alive(&stage.log)
@@ -56,14 +53,7 @@ pub(crate) fn play(
     meshed.close()?;
     report.need("once those through ztunnel end", || {
         for pod in stage.members() {
-            // Any run of it also finishes what had to drain until then.
-            let printed = stage.detach(pod, &["--wait", "10"])?;
-            let result = printed["result"].as_str().unwrap_or_default();
-            ensure!(
-                ["detached", "not enrolled"].contains(&result),
-                "culvert says {printed}"
-            );
-            stage.zds.del(pod.name())?;
+            stage.wait_for_state(pod, "none")?;
         }
         let list = stage.lab.culvert(&["-o", "json", "netns", "list"])?;
         let list = list.ok()?.json()?;
@@ -73,7 +63,7 @@ pub(crate) fn play(
         );
         Ok((
             (),
-            "both pods are detached, ztunnel has let them go".to_owned(),
+            "both pods are let go, by the kernel and by ztunnel".to_owned(),
         ))
     })?;
     report.line("the pods' network namespaces", || {
@@ -82,6 +72,7 @@ pub(crate) fn play(
         Ok("addresses, rules, routes, sysctls: as before enrolment".to_owned())
     })?;
     report.need("unloaded", || {
+        stage.stop_agent()?;
         stage
             .lab
             .culvert(&["unload"])?

@@ -1,6 +1,8 @@
 //! Step 2: client and web are enrolled under way, and all the same programs do the same again.
 
-use anyhow::{Context as _, Result};
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
 use culvert_lab::Family;
 
 use crate::kernel::Held;
@@ -12,9 +14,18 @@ use crate::steps::before::Start;
 use crate::wire::Wire;
 
 pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Result<Held> {
+    report.step("Enrolled: `culvert agent` runs, and a label appears on the pods' namespace")?;
+    report.need("the agent and ztunnel start", || {
+        let (agent, ztunnel) = (stage.start_agent()?, stage.start_ztunnel()?);
+        Ok((
+            (),
+            format!("processes {agent} and {ztunnel}; no pod is enrolled yet"),
+        ))
+    })?;
     let stage = &*stage;
-    report.step("Enrolled: `culvert netns attach` for client and web, then ztunnel is told")?;
-    report.need("both are enrolled", || Ok(((), enrol(stage)?)))?;
+    report.need("istio.io/dataplane-mode=ambient", || {
+        Ok(((), enrol(stage)?))
+    })?;
     let held = Held::by(&stage.lab)?;
 
     let wire = Wire::of(stage, &stage.client)?;
@@ -71,15 +82,17 @@ pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Res
     Ok(held)
 }
 
+/// Labels the namespace, and waits until what follows from it has happened. Legacy's own label keeps it out.
 fn enrol(stage: &Stage) -> Result<String> {
-    let mut took = Vec::new();
+    let started = Instant::now();
+    stage.label(Some("ambient"))?;
     for pod in stage.members() {
-        let printed = stage.enrol(pod)?;
-        let micros = printed["took_us"]
-            .as_u64()
-            .with_context(|| format!("culvert does not say how long it took: {printed}"))?;
-        let (millis, tenths) = (micros / 1000, micros % 1000 / 100);
-        took.push(format!("{} in {millis}.{tenths} ms", pod.name()));
+        stage.wait_until_enrolled(pod)?;
     }
-    Ok(format!("{}; ztunnel listens in both", took.join(", ")))
+    let took = started.elapsed().as_millis();
+    let legacy = stage.agent()?.state(&stage.legacy)?;
+    ensure!(legacy == "none", "legacy is {legacy} as well");
+    Ok(format!(
+        "client and web are enrolled {took} ms later, and ztunnel listens in both"
+    ))
 }

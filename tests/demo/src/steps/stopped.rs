@@ -43,7 +43,7 @@ pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Res
     report.need("another ztunnel starts", || {
         let pid = stage.start_ztunnel()?;
         for pod in stage.members() {
-            stage.enrol(pod)?;
+            stage.wait_until_enrolled(pod)?;
         }
         Ok(((), format!("process {pid}; it listens in both pods")))
     })?;
