@@ -2,6 +2,7 @@
 //! Whose they are and what goes with them is decided by [`ControlPlane`](crate::ControlPlane) and
 //! `Cluster`.
 
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,8 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::Kubectl;
 use crate::kubeconfig::{self, Proof};
@@ -238,6 +240,38 @@ impl Api {
             Some(server) => server.kill(),
             None => Ok(()),
         }
+    }
+
+    /// Makes etcd forget what has been, as it does by itself after minutes: who wants to go on from an earlier resource
+    /// version is refused and has to list anew.
+    ///
+    /// # Errors
+    /// When etcd does not answer.
+    pub fn forget_history(&self) -> Result<()> {
+        let now = self.ask_etcd("range", &json!({"key": "AA==", "count_only": true}))?;
+        let revision = &now["header"]["revision"];
+        self.ask_etcd(
+            "compaction",
+            &json!({"revision": revision, "physical": true}),
+        )?;
+        Ok(())
+    }
+
+    /// One request to etcd's JSON gateway.
+    fn ask_etcd(&self, verb: &str, body: &Value) -> Result<Value> {
+        let at = SocketAddr::from((self.spec.address, self.spec.etcd_ports[0]));
+        let body = body.to_string();
+        let mut stream = TcpStream::connect(at).context("connecting to etcd")?;
+        write!(
+            stream,
+            "POST /v3/kv/{verb} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        ensure!(head.contains(" 200 "), "etcd, {verb}: {answer}");
+        serde_json::from_str(body).with_context(|| format!("etcd, {verb}: {answer}"))
     }
 
     /// Starts the API server again, at the same address, and waits until it is ready.

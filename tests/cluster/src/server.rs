@@ -225,10 +225,12 @@ fn start_time_in(stat: &str) -> Option<u64> {
     // The program's name may hold blanks and parentheses.
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
     let state = fields.next()?;
-    if matches!(state, "Z" | "X") {
+    let threads: u32 = fields.nth(16)?.parse().ok()?;
+    // The first thread may be gone while others still hold the program's sockets.
+    if state == "X" || (state == "Z" && threads <= 1) {
         return None;
     }
-    fields.nth(18)?.parse().ok()
+    fields.nth(1)?.parse().ok()
 }
 
 /// Lets the kernel kill the program when this process dies, however that happens.
@@ -247,6 +249,10 @@ mod tests {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 1 2";
         assert_eq!(start_time_in(stat), Some(4242));
         assert_eq!(start_time_in(&stat.replace(" S ", " Z ")), None);
+        let others = stat
+            .replace(" S ", " Z ")
+            .replace(" 20 0 1 0 ", " 20 0 9 0 ");
+        assert_eq!(start_time_in(&others), Some(4242));
         assert_eq!(start_time_in(""), None);
     }
 }
