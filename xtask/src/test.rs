@@ -15,9 +15,10 @@ use crate::{
 const E2E_THREADS: &str = "6";
 
 /// Packages whose tests make network namespaces: they belong to the suite that has root.
-const PRIVILEGED: [&str; 4] = [
+const PRIVILEGED: [&str; 5] = [
     "culvert-bench",
     "culvert-e2e",
+    "culvert-kube-tests",
     "culvert-lab",
     "ztunnel-standin",
 ];
