@@ -190,7 +190,10 @@ pub fn parse(content: &[u8]) -> Result<Config, Refusal> {
             } else {
                 code::DECODING
             },
-            format!("the network configuration on stdin cannot be read: {error}"),
+            format!(
+                "the network configuration on stdin cannot be read: {}",
+                short(&error)
+            ),
             "it must be a JSON object as the CNI specification describes it; look at the files below /etc/cni/net.d",
         )
     };
@@ -207,7 +210,8 @@ pub fn parse(content: &[u8]) -> Result<Config, Refusal> {
     };
     let entry: Entry = serde_json::from_slice(content).map_err(|error| {
         invalid(&format!(
-            "a key of culvert-cni's entry cannot be meant: {error}"
+            "a key of culvert-cni's entry cannot be meant: {}",
+            short(&error)
         ))
     })?;
     if entry.budget_seconds == 0 || entry.budget_seconds > Entry::MAX_BUDGET {
@@ -272,7 +276,8 @@ impl Config {
         };
         let previous: Previous = serde_json::from_str(previous.get()).map_err(|error| {
             invalid(&format!(
-                "prevResult is not a result as the specification describes it: {error}"
+                "prevResult is not a result as the specification describes it: {}",
+                short(&error)
             ))
         })?;
         let interfaces = previous.interfaces.unwrap_or_default();
@@ -304,6 +309,15 @@ impl Config {
 /// Tells a list that is `null`, which is how Go writes an empty one, from no list.
 fn present<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<Attachment>>, D::Error> {
     Option::<Vec<Attachment>>::deserialize(value).map(|list| Some(list.unwrap_or_default()))
+}
+
+/// Serde repeats what it did not expect, however long that is.
+fn short(error: &serde_json::Error) -> String {
+    let whole = error.to_string();
+    match whole.char_indices().nth(300) {
+        Some((end, _)) => format!("{}...", whole.get(..end).unwrap_or_default()),
+        None => whole,
+    }
 }
 
 fn invalid(message: &str) -> Refusal {

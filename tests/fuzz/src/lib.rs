@@ -2,11 +2,15 @@
 //!
 //! A new target is a file here, a line in [`TARGETS`], a program in `fuzz_targets/`, a `[[bin]]` and a corpus of its name.
 
+mod cni_stdin;
 mod conflist;
+mod decisions;
 mod procfs;
 mod zds_frame;
 
+pub use cni_stdin::cni_stdin;
 pub use conflist::conflist;
+pub use decisions::decisions;
 pub use procfs::procfs;
 pub use zds_frame::zds_frame;
 
@@ -15,7 +19,9 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
 pub const TARGETS: &[Target] = &[
+    ("cni_stdin", cni_stdin),
     ("conflist", conflist),
+    ("decisions", decisions),
     ("procfs", procfs),
     ("zds_frame", zds_frame),
 ];
