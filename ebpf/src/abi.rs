@@ -289,6 +289,8 @@ pub mod pod_flags {
     pub const REFUSE: u32 = 1 << 8;
     /// With [`DNS`]: only lookups that ask a resolver of `RESOLVERS`.
     pub const DNS_LISTED: u32 = 1 << 9;
+    /// Without [`DNS_LISTED`]: there is to be a list, but it was not known yet. User space's note.
+    pub const DNS_PENDING: u32 = 1 << 10;
 }
 
 /// Key of `POD_ADDRS`.

@@ -12,7 +12,7 @@ use crate::{
 /// Options of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Which benchmark, and its options (`datapath`; `-- --help` lists them)
+    /// Which benchmark, and its options (`datapath`, `dns`; `-- --help` lists them)
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }

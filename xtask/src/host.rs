@@ -21,6 +21,10 @@ pub(crate) struct Package {
 
 /// Programs that the demonstration, the end-to-end tests and the benchmarks run, as they come from Debian.
 pub(crate) const PROGRAMS: &[Package] = &[
+    Package {
+        name: "bind9-dnsutils",
+        proof: "dig",
+    },
     // `bridge` and `host-local`: what the plugin is chained behind.
     Package {
         name: "containernetworking-plugins",
@@ -29,6 +33,10 @@ pub(crate) const PROGRAMS: &[Package] = &[
     Package {
         name: "curl",
         proof: "curl",
+    },
+    Package {
+        name: "dnsmasq-base",
+        proof: "dnsmasq",
     },
     Package {
         name: "iperf3",
@@ -45,6 +53,14 @@ pub(crate) const PROGRAMS: &[Package] = &[
     Package {
         name: "nftables",
         proof: "nft",
+    },
+    Package {
+        name: "libc-ares-dev",
+        proof: "/usr/include/ares.h",
+    },
+    Package {
+        name: "musl-tools",
+        proof: "musl-gcc",
     },
     Package {
         name: "nginx",

@@ -81,6 +81,9 @@ pub(crate) struct AttachArgs {
     /// With --dns: only lookups that ask this resolver. Repeat for several.
     #[arg(long, value_name = "ADDRESS", requires = "dns")]
     dns_resolver: Vec<IpAddr>,
+    /// With --dns: which lookups.
+    #[arg(long, value_enum, default_value_t = DnsScope::All, conflicts_with = "dns_resolver", value_name = "SCOPE")]
+    dns_scope: DnsScope,
     /// Which processes may probe enrolled pods without passing through ztunnel (for the whole node).
     #[arg(long, value_enum, value_name = "SOURCE")]
     probe_source: Option<ProbeSource>,
@@ -94,6 +97,14 @@ enum ProbeSource {
     Node,
     /// Nobody.
     None,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum DnsScope {
+    /// All to port 53.
+    All,
+    /// Those to the resolvers in the pod's own resolv.conf.
+    ResolvConf,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -172,10 +183,11 @@ fn attach(global: &Global, args: &AttachArgs) -> anyhow::Result<ExitCode> {
         bypass_inbound: args.bypass_inbound,
         virtual_interfaces: args.virtual_interface.clone(),
         hold: args.hold.0,
-        dns: if args.dns_resolver.is_empty() {
-            args.dns.into()
-        } else {
-            Dns::Resolvers(args.dns_resolver.clone())
+        dns: match (args.dns, args.dns_scope) {
+            (false, _) => Dns::Off,
+            (true, _) if !args.dns_resolver.is_empty() => Dns::Resolvers(args.dns_resolver.clone()),
+            (true, DnsScope::All) => Dns::All,
+            (true, DnsScope::ResolvConf) => Dns::ResolvConf,
         },
         named_ztunnel: !args.ztunnel.is_empty(),
     };

@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     admin::{self, Admin, Liveness, LogControl, Metrics, Readiness, Shutdown},
     cni_server,
-    config::{Config, Loaded},
+    config::{Config, DnsScope, Loaded},
     kernel::{LoadOptions, Netns, Node, pod, track},
     plan::membership::{self, Settings},
     reconcile::{Options, Reconciler, live::Live, publish},
@@ -91,6 +91,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     let options = Options {
         settings: settings.clone(),
         grace: config.ztunnel_grace.0,
+        polite_dns: config.dns_scope == DnsScope::ResolvConf,
         named_ztunnel: named,
         period: config.reconcile_period,
         concurrency: config.enrolment_concurrency.get(),

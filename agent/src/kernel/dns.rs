@@ -93,6 +93,14 @@ pub(super) fn reload(node: &Node, current: bool) -> Result<Option<Attached>> {
     attach(node, current).map(Some)
 }
 
+/// Loads the programs once, so that a kernel that refuses them is known before a pod needs them.
+pub(super) fn check(node: &Node) -> Result<Vec<ProgramReport>> {
+    programs::DNS
+        .into_iter()
+        .map(|(name, _)| node.check(name))
+        .collect()
+}
+
 /// Are all of them pinned, at a cgroup that lives?
 fn attached(node: &Node) -> bool {
     programs::DNS.iter().all(|(name, _)| {

@@ -254,6 +254,9 @@ fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_jso
             resolvers.iter().map(ToString::to_string).collect(),
         );
     }
+    if pod.flags & pod_flags::DNS_PENDING != 0 {
+        out.insert("dns_resolvers", "not known yet, so all".into());
+    }
     out.insert("bypass_inbound", on(pod_flags::BYPASS_INBOUND));
     out.insert("ztunnel_named", on(pod_flags::NAMED_ZTUNNEL));
     out.insert(

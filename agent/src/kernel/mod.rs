@@ -23,6 +23,7 @@ pub mod preflight;
 pub mod privileges;
 mod process;
 pub mod procfs;
+pub mod resolv_conf;
 pub mod sockdiag;
 mod strays;
 mod sys;

@@ -67,7 +67,7 @@ pub enum ProgramAction {
     Replaced,
     /// It is there already.
     Kept,
-    /// Loaded once to see that it passes the verifier; each pod gets a copy.
+    /// Loaded once to see that it passes the verifier: each pod gets a copy, or it is attached once a pod needs it.
     Checked,
 }
 
@@ -283,6 +283,9 @@ impl Node {
             .push(node.attach(names::VOUCH, ATTACH_SOCK_CREATE, cgroup, current)?);
         report.programs.push(node.check_enter()?);
         report.dns = dns::reload(&node, current)?;
+        if !adopted {
+            report.programs.extend(dns::check(&node)?);
+        }
         let wanted = Config {
             object_id: object::id(),
             probe_source: options.probe_source.unwrap_or(config.probe_source),
@@ -419,12 +422,16 @@ impl Node {
     fn check_enter(&self) -> Result<ProgramReport> {
         let started = Instant::now();
         let prog = self.programs.load_enter(0)?;
-        report(
-            names::ENTER,
-            &prog,
-            ProgramAction::Checked,
-            Some(started.elapsed()),
-        )
+        let took = Some(started.elapsed());
+        report(names::ENTER, &prog, ProgramAction::Checked, took)
+    }
+
+    /// Loads a program that is attached later, to see that it passes.
+    pub(super) fn check(&self, name: &'static str) -> Result<ProgramReport> {
+        let started = Instant::now();
+        let prog = self.programs.load_node(name)?;
+        let took = Some(started.elapsed());
+        report(name, &prog, ProgramAction::Checked, took)
     }
 }
 

@@ -29,7 +29,7 @@ use super::{
     netns::{Netns, NetnsCookie},
     node::Node,
     object::ATTACH_SK_LOOKUP,
-    pins, sys, sysctl,
+    pins, resolv_conf, sys, sysctl,
 };
 use crate::plan::netns as plan;
 use entries::{pod_entry, set_addresses, set_exclusions, set_resolvers};
@@ -71,6 +71,18 @@ impl Default for Policy {
 }
 
 impl Policy {
+    /// With the resolvers of the pod's processes by name, if they are to count and are known.
+    fn resolved(&self, netns: &Netns) -> Result<Self> {
+        let mut policy = self.clone();
+        if policy.dns == Dns::ResolvConf {
+            let found = resolv_conf::of(netns)?;
+            if !found.is_empty() {
+                policy.dns = Dns::Resolvers(found);
+            }
+        }
+        Ok(policy)
+    }
+
     /// Fails, without looking at anything, if this can be no pod's policy.
     pub fn check(&self) -> Result<()> {
         const OPERATION: &str = "enrol with";
@@ -106,6 +118,8 @@ pub enum Dns {
     All,
     /// Those that ask one of these resolvers.
     Resolvers(Vec<IpAddr>),
+    /// Those that ask a resolver of the pod's own `/etc/resolv.conf`; all, until a process of the pod has one.
+    ResolvConf,
 }
 
 impl From<bool> for Dns {
@@ -147,6 +161,7 @@ pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
             "give the namespace of a pod; hostNetwork pods cannot be captured",
         ));
     }
+    let policy = &policy.resolved(netns)?;
     let _lock = node.lock()?;
     if policy.dns != Dns::Off {
         // Before the pod's own entry asks for them.

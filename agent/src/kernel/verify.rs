@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
-use culvert_ebpf::abi::programs;
+use culvert_ebpf::abi::{pod_flags, programs};
 use serde::Serialize;
 
 use super::{
@@ -68,9 +68,16 @@ impl Problem {
 pub fn verify_quick(node: &Node, cookies: &[NetnsCookie]) -> Result<Vec<Problem>> {
     let mut problems = verify_programs(node)?;
     for cookie in cookies {
-        if node.maps().pods.get(&cookie.0)?.is_none() {
-            let what = "not enrolled: nothing of it is captured";
-            problems.push(Problem::pod(*cookie, Kind::Entry, what));
+        match node.maps().pods.get(&cookie.0)? {
+            None => {
+                let what = "not enrolled: nothing of it is captured";
+                problems.push(Problem::pod(*cookie, Kind::Entry, what));
+            }
+            Some(pod) if pod.flags & pod_flags::DNS_PENDING != 0 => {
+                let what = "its resolv.conf was not there when it was enrolled: all its lookups are captured";
+                problems.push(Problem::pod(*cookie, Kind::Entry, what));
+            }
+            Some(_) => {}
         }
         problems.extend(link(node, *cookie, None));
     }

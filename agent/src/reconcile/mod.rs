@@ -26,7 +26,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    kernel::pod::Policy,
+    kernel::pod::{Dns, Policy},
     model::{Cluster, PodUid},
     plan::{
         membership::{Settings, Wanted},
@@ -45,6 +45,8 @@ pub struct Options {
     pub settings: Settings,
     /// How long new connections wait for an absent ztunnel; none = for ever.
     pub grace: Option<Duration>,
+    /// Of captured lookups only those that ask a resolver of the pod's own `resolv.conf`.
+    pub polite_dns: bool,
     /// ztunnel is told by its process, not by its mark alone.
     pub named_ztunnel: bool,
     /// At most this long between two looks at everything.
@@ -67,7 +69,11 @@ impl Options {
             bypass_inbound: wanted.bypass_inbound,
             virtual_interfaces: wanted.virtual_interfaces.clone(),
             hold: self.grace,
-            dns: wanted.dns.into(),
+            dns: match (wanted.dns, self.polite_dns) {
+                (false, _) => Dns::Off,
+                (true, false) => Dns::All,
+                (true, true) => Dns::ResolvConf,
+            },
             named_ztunnel: self.named_ztunnel,
         }
     }

@@ -177,6 +177,7 @@ impl Stage {
         let options = Options {
             settings: Settings::default(),
             grace: None,
+            polite_dns: false,
             named_ztunnel: false,
             period: Duration::from_secs(5),
             concurrency: 4,

@@ -4,6 +4,7 @@
 mod chart;
 mod client;
 mod datapath;
+mod dns;
 mod enrol;
 mod netfilter;
 mod node;
@@ -37,6 +38,8 @@ struct Args {
 enum Bench {
     /// The same client and listener four ways (loopback, Culvert, iptables, nftables), enrolment, and the node's own sockets
     Datapath(Options),
+    /// Lookups three ways (ztunnel's port itself, Culvert, iptables), and datagrams that are nobody's
+    Dns(Options),
 }
 
 /// How long and where to.
@@ -98,12 +101,47 @@ impl Options {
 }
 
 fn main() -> Result<()> {
-    let Bench::Datapath(options) = Args::parse().bench;
+    let bench = Args::parse().bench;
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark makes network namespaces and loads programs: run as root"
     );
-    let mut report = Report::new(&options);
+    match bench {
+        Bench::Datapath(options) => datapath(&options),
+        Bench::Dns(options) => lookups(&options),
+    }
+}
+
+fn lookups(options: &Options) -> Result<()> {
+    let (json, missed) = dns::measure(options.or(options.rounds, 60, 10))?;
+    write(options, &[("dns.json", format!("{json:#}\n"))])?;
+    strict(options, missed)
+}
+
+fn write(options: &Options, files: &[(&str, String)]) -> Result<()> {
+    let dir = options.output.clone().unwrap_or_else(|| {
+        let target = std::env::var_os("CULVERT_TARGET_DIR").unwrap_or_else(|| "target".into());
+        PathBuf::from(target).join("bench")
+    });
+    std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    for (name, text) in files {
+        let path = dir.join(name);
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+fn strict(options: &Options, missed: usize) -> Result<()> {
+    ensure!(
+        !options.strict || missed == 0,
+        "{missed} targets missed (--strict)"
+    );
+    Ok(())
+}
+
+fn datapath(options: &Options) -> Result<()> {
+    let mut report = Report::new(options);
     let rounds = options.or(options.rounds, 150, 20);
     // Nothing of ours is in the kernel yet: this part compares with just that.
     if options.wants(Part::Node) {
@@ -127,23 +165,12 @@ fn main() -> Result<()> {
         report.enrol = enrol::measure(pods)?;
     }
     print!("{}", report.text());
-    let dir = options.output.clone().unwrap_or_else(|| {
-        let target = std::env::var_os("CULVERT_TARGET_DIR").unwrap_or_else(|| "target".into());
-        PathBuf::from(target).join("bench")
-    });
-    std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-    for (name, text) in [
-        ("datapath.json", format!("{:#}\n", report.json())),
-        ("datapath.svg", chart::draw(&report)),
-    ] {
-        let path = dir.join(name);
-        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-        println!("wrote {}", path.display());
-    }
-    let missed = report.missed();
-    ensure!(
-        !options.strict || missed == 0,
-        "{missed} targets missed (--strict)"
-    );
-    Ok(())
+    write(
+        options,
+        &[
+            ("datapath.json", format!("{:#}\n", report.json())),
+            ("datapath.svg", chart::draw(&report)),
+        ],
+    )?;
+    strict(options, report.missed())
 }

@@ -27,6 +27,7 @@ pub(super) fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
             matches!(policy.dns, Dns::Resolvers(_)),
             pod_flags::DNS_LISTED,
         ),
+        (policy.dns == Dns::ResolvConf, pod_flags::DNS_PENDING),
         (policy.bypass_inbound, pod_flags::BYPASS_INBOUND),
         (!policy.exclude_outbound_cidrs.is_empty(), pod_flags::CIDRS),
         (
@@ -238,7 +239,7 @@ pub(super) fn set_resolvers(
     };
     let wanted: Vec<PodAddr> = match dns {
         Dns::Resolvers(list) => list.iter().map(key).collect(),
-        Dns::Off | Dns::All => Vec::new(),
+        Dns::Off | Dns::All | Dns::ResolvConf => Vec::new(),
     };
     for key in &wanted {
         resolvers.set(key, &1)?;

@@ -5,6 +5,7 @@
     reason = "test code: a step that fails is a test that fails"
 )]
 
+mod clients;
 mod sockets;
 mod switching;
 

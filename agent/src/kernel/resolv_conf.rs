@@ -1,0 +1,98 @@
+//! The resolvers that a pod's own programs ask: the `nameserver` lines of its `/etc/resolv.conf`, as its processes see it.
+//!
+//! Reads only. A pod's file system is the pod's: links in it lead nowhere else, and what is no short plain file is not
+//! read.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _},
+    net::IpAddr,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::Path,
+};
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+
+use super::{error::Result, netns::Netns, procfs};
+
+/// Longer files are nobody's `resolv.conf`.
+const LONGEST: u64 = 64 * 1024;
+
+/// The resolvers of all processes in the namespace, sorted; empty while there is no process, or none with such a file.
+pub fn of(netns: &Netns) -> Result<Vec<IpAddr>> {
+    let mut found = Vec::new();
+    for pid in procfs::processes(Path::new(procfs::PROC))? {
+        let inside = fs::metadata(format!("/proc/{pid}/ns/net"))
+            .is_ok_and(|m| (m.dev(), m.ino()) == (netns.dev(), netns.inode()));
+        if !inside {
+            continue;
+        }
+        match read(&format!("/proc/{pid}/root")) {
+            Ok(text) => found.extend(nameservers(&text)),
+            // It ended, or has none.
+            Err(error) if procfs::vanished(&error) => {}
+            Err(error) => tracing::debug!(pid, %error, "reading a pod's resolv.conf"),
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+fn read(root: &str) -> io::Result<String> {
+    let root = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(root)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = File::from(openat2(&root, "etc/resolv.conf", how)?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("no plain file"));
+    }
+    let mut text = Vec::new();
+    file.take(LONGEST).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn nameservers(text: &str) -> impl Iterator<Item = IpAddr> {
+    text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let is = words.next() == Some("nameserver");
+        let address = words.next().filter(|_| is)?;
+        // A link-local one names its interface.
+        let address = address.split('%').next().unwrap_or(address);
+        address.parse::<IpAddr>().ok().map(|ip| ip.to_canonical())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nameserver_lines_and_nothing_else() {
+        let text = "# nameserver 1.1.1.1\nsearch a.test b.test\nnameserver 10.96.0.10\n nameserver\tfd00::a # x\n\
+                    nameserver fe80::1%eth0\nnameservers 9.9.9.9\nnameserver\nnameserver x\noptions ndots:5\n";
+        let found: Vec<_> = nameservers(text).map(|ip| ip.to_string()).collect();
+        assert_eq!(found, ["10.96.0.10", "fd00::a", "fe80::1"]);
+    }
+
+    #[test]
+    fn a_link_leads_nowhere_out_of_the_root() {
+        let root = std::env::temp_dir().join(format!("culvert-resolv-{}", std::process::id()));
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::create_dir_all(root.join("run")).unwrap();
+        let at = root.join("etc/resolv.conf");
+        let of = || read(root.to_str().unwrap());
+        std::os::unix::fs::symlink("/run/stub.conf", &at).unwrap();
+        assert!(of().is_err());
+        fs::write(root.join("run/stub.conf"), "nameserver 10.0.0.1\n").unwrap();
+        assert_eq!(of().unwrap(), "nameserver 10.0.0.1\n");
+        fs::remove_file(&at).unwrap();
+        nix::unistd::mkfifo(&at, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(of().is_err());
+        fs::remove_dir_all(&root).unwrap();
+    }
+}

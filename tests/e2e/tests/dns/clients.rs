@@ -1,0 +1,344 @@
+//! Real programs as clients, and a real resolver behind: what each makes of captured lookups, and of a ztunnel that
+//! restarts under it.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_e2e::{Mesh, eventually};
+use culvert_lab::{Child, Family, Lab, Ns, Zds, Ztunnel};
+
+use crate::{BY_OTHER, BY_RESOLVER, BY_ZTUNNEL, options};
+
+/// Programs that look a name up: NAME TIMES PAUSE_MS.
+const CLIENTS: [&str; 4] = ["glibc", "musl", "ares", "go"];
+
+#[expect(clippy::disallowed_methods, reason = "tests run real programs")]
+fn command(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    Command::new(program)
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("running {command:?}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{command:?} failed: {text}{complaint}"
+    );
+    Ok(text)
+}
+
+/// The clients' binaries, built once: with gcc, musl-gcc and Go.
+fn clients() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients");
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dns-clients");
+        std::fs::create_dir_all(&dir).unwrap();
+        let compile = |compiler: &str, name: &str, source: &str, more: &[&str]| {
+            let mut command = command(compiler);
+            command.arg("-o").arg(dir.join(name));
+            run(command.arg(sources.join(source)).args(more)).unwrap();
+        };
+        compile("gcc", "glibc", "lookup.c", &[]);
+        compile("musl-gcc", "musl", "lookup.c", &["-static"]);
+        compile("gcc", "ares", "ares.c", &["-lcares"]);
+        let mut go = command("go");
+        go.env("CGO_ENABLED", "0").args(["build", "-o"]);
+        run(go.arg(dir.join("go")).arg(sources.join("lookup.go"))).unwrap();
+        dir
+    })
+}
+
+/// A pod with this `resolv.conf`, its ztunnel, and dnsmasq as the resolver, which ztunnel asks as well.
+struct Town {
+    dnsmasq: Child,
+    resolv_conf: PathBuf,
+    mesh: Mesh,
+    pod: Ns,
+    outside: Ns,
+    upstream: std::net::SocketAddr,
+}
+
+/// A resolver that says the same of every name of `else.test`, something of its own of `mesh.test`, and much of
+/// `big.test`.
+fn dnsmasq(ns: &Ns, listen: &[IpAddr], more: &[String]) -> Result<Child> {
+    let mut command = command("dnsmasq");
+    command.args([
+        "--no-daemon",
+        "--no-resolv",
+        "--no-hosts",
+        "--bind-interfaces",
+        "--user=root",
+        "--conf-file=/dev/null",
+        "--pid-file=",
+        "--log-queries",
+        "--log-facility=-",
+        "--edns-packet-max=4096",
+    ]);
+    for ip in listen {
+        command.arg(format!("--listen-address={ip}"));
+    }
+    command.args(more);
+    let child = ns.spawn(command)?;
+    child.wait_for_output("started", culvert_e2e::LONG)?;
+    Ok(child)
+}
+
+fn zone() -> Vec<String> {
+    let mut zone: Vec<String> = [("else.test", BY_RESOLVER), ("mesh.test", BY_OTHER)]
+        .into_iter()
+        .flat_map(|(name, v4)| {
+            [
+                format!("--address=/{name}/{v4}"),
+                format!("--address=/{name}/2001:db8::{}", v4.octets()[3]),
+            ]
+        })
+        .collect();
+    let long: String = "x".repeat(200);
+    zone.extend((0..10).map(|n| format!("--txt-record=big.test,{n}{long}")));
+    zone
+}
+
+impl Town {
+    fn open(
+        name: &str,
+        pod: impl FnOnce(&Lab) -> Result<Ns>,
+        resolvers: &[Family],
+    ) -> Result<Self> {
+        let lab = Lab::new(name)?;
+        let outside = lab.outside()?;
+        let listen = [outside.ip(Family::V4)?, outside.ip(Family::V6)?];
+        let dnsmasq = dnsmasq(&outside, &listen, &zone())?;
+        let zds = Zds::start(&lab)?;
+        let pod = pod(&lab)?;
+        let upstream = outside.at(resolvers[0], 53)?;
+        let ztunnel = Ztunnel::start(&lab, &zds, &options(upstream))?;
+        let resolv_conf = lab.scratch().join("resolv.conf");
+        let mut text = String::new();
+        for family in resolvers {
+            text.push_str(&format!("nameserver {}\n", outside.ip(*family)?));
+        }
+        std::fs::write(&resolv_conf, text)?;
+        let mesh = Mesh { zds, ztunnel, lab };
+        let town = Self {
+            dnsmasq,
+            resolv_conf,
+            mesh,
+            pod,
+            outside,
+            upstream,
+        };
+        town.enrol()?;
+        Ok(town)
+    }
+
+    fn enrol(&self) -> Result<()> {
+        self.mesh.enrol(&self.pod, &["--dns"])?;
+        // IPv6 may be off in the pod.
+        self.mesh.expect_listeners(&self.pod, 4)
+    }
+
+    /// A program in the pod that finds the pod's own `resolv.conf` where it looks for it.
+    fn program(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = command("unshare");
+        let script = "mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+        command.args(["--mount", "sh", "-c", script, "sh"]);
+        command.arg(&self.resolv_conf).arg(program).args(args);
+        command
+    }
+
+    fn says(&self, program: &str, args: &[&str]) -> Result<String> {
+        let mut command = self.program(program, args);
+        self.pod.run(|| run(&mut command))
+    }
+
+    /// How often the resolver was asked for a name over IPv4's kind of question.
+    fn asked(&self, name: &str) -> usize {
+        let log = self.dnsmasq.stderr();
+        log.matches(&format!("query[A] {name} from")).count()
+    }
+}
+
+/// Every client, for a name of ztunnel's and one of the resolver's.
+fn all_clients(town: &Town) {
+    for client in CLIENTS {
+        let path = clients().join(client).display().to_string();
+        for (name, wanted) in [("mesh.test", BY_ZTUNNEL), ("else.test", BY_RESOLVER)] {
+            let before = town.asked(name);
+            let said = town.says(&path, &[name, "1", "0"]).unwrap();
+            let wanted = wanted.to_string();
+            assert!(said.starts_with(&wanted), "{client}: {name} is {said}");
+            let asked = town.asked(name) - before;
+            // A loop would be a storm.
+            let expected = if name == "mesh.test" { 0..=0 } else { 1..=2 };
+            assert!(
+                expected.contains(&asked),
+                "{client}: {name} asked {asked} times"
+            );
+        }
+    }
+    let script = "import socket, sys; print(socket.gethostbyname(sys.argv[1]))";
+    for (name, wanted) in [("mesh.test", BY_ZTUNNEL), ("else.test", BY_RESOLVER)] {
+        let said = town
+            .says("/usr/bin/python3", &["-c", script, name])
+            .unwrap();
+        assert_eq!(said.trim(), wanted.to_string());
+        let said = town.says("dig", &["+short", name]).unwrap();
+        assert_eq!(said.trim(), wanted.to_string());
+    }
+}
+
+#[test]
+fn every_client_on_two_families() {
+    let town = Town::open("dns-dual", |lab| lab.pod("a"), &Family::BOTH).unwrap();
+    all_clients(&town);
+}
+
+#[test]
+fn every_client_on_ipv4_alone() {
+    let pod = |lab: &Lab| lab.pod_builder("a").ipv4_only().build();
+    let town = Town::open("dns-only4", pod, &[Family::V4]).unwrap();
+    all_clients(&town);
+}
+
+#[test]
+fn every_client_on_ipv6_alone() {
+    let pod = |lab: &Lab| lab.pod_builder("a").ipv6_only().build();
+    let town = Town::open("dns-only6", pod, &[Family::V6]).unwrap();
+    all_clients(&town);
+}
+
+#[test]
+fn dig_in_all_its_ways() {
+    let town = Town::open("dns-dig", |lab| lab.pod("a"), &[Family::V4]).unwrap();
+    let dig = |args: &[&str]| town.says("dig", args).unwrap();
+    let server = |said: &str| {
+        let line = said.lines().find(|line| line.contains("SERVER:"));
+        line.unwrap_or_default().to_owned()
+    };
+    let resolver = town.upstream.ip().to_string();
+    for (way, verdict) in [("+notcp", "to_dns_udp4"), ("+tcp", "to_dns_tcp4")] {
+        let before = town.mesh.counter(&town.pod, verdict).unwrap();
+        let said = dig(&[way, "mesh.test"]);
+        assert!(said.contains(&BY_ZTUNNEL.to_string()), "{said}");
+        assert!(server(&said).contains(&format!("{resolver}#53")), "{said}");
+        assert_eq!(town.mesh.counter(&town.pod, verdict).unwrap(), before + 1);
+    }
+    // Too long for a datagram: cut, asked again over TCP. And with room enough: not cut.
+    let said = dig(&["+bufsize=1232", "big.test", "TXT"]);
+    assert!(said.contains("Truncated, retrying in TCP mode"), "{said}");
+    assert_eq!(said.matches("big.test.").count(), 10 + 1, "{said}");
+    let said = dig(&["+bufsize=4096", "big.test", "TXT"]);
+    assert!(!said.contains("Truncated"), "{said}");
+    assert!(server(&said).contains("(UDP)"), "{said}");
+    // Thirty in one go.
+    let names: Vec<&str> = std::iter::repeat_n("mesh.test", 30).collect();
+    let said = dig(&[&["+short"], names.as_slice()].concat());
+    assert_eq!(said.matches(&BY_ZTUNNEL.to_string()).count(), 30, "{said}");
+}
+
+#[test]
+fn no_lookup_fails_while_ztunnel_restarts() {
+    let mut town = Town::open("dns-restart", |lab| lab.pod("a"), &[Family::V4]).unwrap();
+    let running: Vec<(&str, Child)> = CLIENTS
+        .into_iter()
+        .map(|client| {
+            let path = clients().join(client).display().to_string();
+            let command = town.program(&path, &["mesh.test", "60", "100"]);
+            (client, town.pod.spawn(command).unwrap())
+        })
+        .collect();
+    let lines = |child: &Child| child.stdout().lines().count();
+    eventually("all clients have begun", || {
+        Ok(running.iter().all(|(_, child)| lines(child) > 5))
+    })
+    .unwrap();
+    town.mesh.ztunnel.kill().unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    town.mesh.ztunnel =
+        Ztunnel::start(&town.mesh.lab, &town.mesh.zds, &options(town.upstream)).unwrap();
+    town.enrol().unwrap();
+    for (client, child) in running {
+        let status = child.wait(6 * culvert_e2e::LONG).unwrap();
+        let said = child.stdout();
+        assert!(status.success(), "{client}: {said}");
+        let count = |by: std::net::Ipv4Addr| said.matches(&format!("{by} ")).count();
+        assert_eq!(count(BY_ZTUNNEL) + count(BY_OTHER), 60, "{client}: {said}");
+        // It was answered by the resolver meanwhile, and by ztunnel before and after.
+        assert!(
+            count(BY_OTHER) > 0 && said.ends_with(&last(&said)),
+            "{client}: {said}"
+        );
+        assert!(
+            last(&said).starts_with(&BY_ZTUNNEL.to_string()),
+            "{client}: {said}"
+        );
+        let took = said
+            .lines()
+            .filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok());
+        eprintln!("{client}: slowest {} ms", took.max().unwrap_or(0));
+    }
+}
+
+fn last(said: &str) -> String {
+    format!("{}\n", said.lines().next_back().unwrap_or_default())
+}
+
+#[test]
+fn a_resolver_in_a_captured_pod_serves_others() {
+    let town = Town::open("dns-serves", |lab| lab.pod("a"), &[Family::V4]).unwrap();
+    let listen = Family::BOTH.map(|family| town.pod.ip(family).unwrap());
+    let forward = format!("--server={}", town.outside.ip(Family::V4).unwrap());
+    let _serving = dnsmasq(&town.pod, &listen, &[forward]).unwrap();
+    let other = town.mesh.lab.pod("b").unwrap();
+    for (way, ip) in [
+        ("+notcp", listen[0]),
+        ("+tcp", listen[0]),
+        ("+notcp", listen[1]),
+        ("+tcp", listen[1]),
+    ] {
+        // What it does not know it asks of its own resolver, and that is ztunnel.
+        for (name, wanted) in [("mesh.test", BY_ZTUNNEL), ("else.test", BY_RESOLVER)] {
+            let mut dig = command("dig");
+            dig.args(["+short", way, &format!("@{ip}"), name]);
+            let said = other.run(|| run(&mut dig)).unwrap();
+            assert_eq!(said.trim(), wanted.to_string(), "{way} @{ip} {name}");
+        }
+    }
+}
+
+#[test]
+fn only_the_resolvers_of_the_pods_own_resolv_conf() {
+    let town = Town::open("dns-polite", |lab| lab.pod("a"), &[Family::V4]).unwrap();
+    let elsewhere = format!("@{}", town.outside.ip(Family::V6).unwrap());
+    let polite = || {
+        let args = ["--dns", "--dns-scope", "resolv-conf"];
+        town.mesh.enrol(&town.pod, &args).unwrap();
+    };
+    let both = || {
+        let own = town.says("dig", &["+short", "mesh.test"]).unwrap();
+        let other = town.says("dig", &["+short", &elsewhere, "mesh.test"]);
+        [own, other.unwrap()].map(|said| said.trim().to_owned())
+    };
+    // Nobody is there who could have one.
+    polite();
+    assert_eq!(both(), [BY_ZTUNNEL, BY_ZTUNNEL].map(|ip| ip.to_string()));
+    let living = town.pod.spawn(town.program("sleep", &["60"])).unwrap();
+    eventually("its resolvers are known", || {
+        polite();
+        let shown = town.mesh.show(&town.pod)?;
+        Ok(shown["policy"]["dns_resolvers"] == serde_json::json!([town.upstream.ip().to_string()]))
+    })
+    .unwrap();
+    assert_eq!(both(), [BY_ZTUNNEL, BY_OTHER].map(|ip| ip.to_string()));
+    let tcp = town.says("dig", &["+short", "+tcp", &elsewhere, "mesh.test"]);
+    assert_eq!(tcp.unwrap().trim(), BY_OTHER.to_string());
+    drop(living);
+}
