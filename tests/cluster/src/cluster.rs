@@ -141,6 +141,11 @@ impl Cluster {
             scratch,
         };
         if let Err(error) = cluster.start(options.cni) {
+            cluster.describe();
+            match place::keep_logs(cluster.scratch(), &options.name) {
+                Ok(kept) => eprintln!("logs: {}", kept.display()),
+                Err(error) => eprintln!("keeping logs: {error}"),
+            }
             if cluster.scratch.is_none() && !place::keep() {
                 cluster.down()?;
             }

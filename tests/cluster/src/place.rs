@@ -45,7 +45,7 @@ pub(crate) fn keep() -> bool {
 #[derive(Debug)]
 pub(crate) struct Scratch {
     path: PathBuf,
-    failed: PathBuf,
+    name: String,
     _lock: Flock<File>,
 }
 
@@ -63,10 +63,9 @@ impl Scratch {
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         let lock =
             lock(&path)?.with_context(|| format!("{} is somebody else's", path.display()))?;
-        let failed = cluster.join("failed").join(name);
         Ok(Self {
             path,
-            failed,
+            name: name.to_owned(),
             _lock: lock,
         })
     }
@@ -83,33 +82,33 @@ impl Scratch {
             eprintln!("removing {}: {error}", self.path.display());
         }
     }
-
-    fn keep_logs(&self) -> Result<()> {
-        // Only the last failure of a name is of interest.
-        let _none = fs::remove_dir_all(&self.failed);
-        fs::create_dir_all(&self.failed)?;
-        copy_logs(&self.path, &self.failed, 1)?;
-        for entry in fs::read_dir(&self.path)?.flatten() {
-            let pods = entry.path().join("var/log/pods");
-            if pods.is_dir() {
-                let to = self.failed.join(entry.file_name()).join("pods");
-                copy_logs(&pods, &to, 2)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            match self.keep_logs() {
-                Ok(()) => eprintln!("logs: {}", self.failed.display()),
+            match keep_logs(&self.path, &self.name) {
+                Ok(kept) => eprintln!("logs: {}", kept.display()),
                 Err(error) => eprintln!("keeping logs of {}: {error}", self.path.display()),
             }
         }
         self.remove();
     }
+}
+
+/// Copies the logs of something that has failed to where they stay, and says where. Only the last failure of a name is
+/// of interest.
+pub(crate) fn keep_logs(dir: &Path, name: &str) -> Result<PathBuf> {
+    let failed = cluster_dir()?.join("failed").join(name);
+    let _none = fs::remove_dir_all(&failed);
+    copy_logs(dir, &failed, 1)?;
+    for entry in fs::read_dir(dir)?.flatten() {
+        let pods = entry.path().join("var/log/pods");
+        if pods.is_dir() {
+            copy_logs(&pods, &failed.join(entry.file_name()).join("pods"), 2)?;
+        }
+    }
+    Ok(failed)
 }
 
 /// Copies `*.log`, and those of `deeper` levels of directories.
