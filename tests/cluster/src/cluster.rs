@@ -416,7 +416,8 @@ impl Cluster {
     fn describe(&self) {
         for (file, args) in [
             ("pods.log", &["get", "nodes,pods", "-A", "-o", "wide"][..]),
-            ("describe.log", &["describe", "pods", "-A"]),
+            ("describe.log", &["describe", "nodes"]),
+            ("describe-pods.log", &["describe", "pods", "-A"]),
             (
                 "events.log",
                 &["get", "events", "-A", "--sort-by=.lastTimestamp"],
