@@ -7,7 +7,7 @@ use culvert::{
     admin::logging,
     config::{AgentArgs, Config, Environment, settings},
     daemon,
-    kernel::privileges,
+    kernel::{limits, privileges},
 };
 
 use super::{
@@ -43,6 +43,11 @@ pub(super) fn run(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode>
     nix::sys::signal::SigSet::empty()
         .thread_set_mask()
         .context("unblocking signals")?;
+    match limits::raise_open_files() {
+        Ok(files) => tracing::debug!(files, "files that may be open"),
+        // With few pods it is enough as it is; with many the error that follows says it again.
+        Err(error) => tracing::warn!(%error, "keeping the limit of open files"),
+    }
     // Before there is a second thread: capabilities are each thread's own.
     privileges::drop_others()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

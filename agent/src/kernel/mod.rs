@@ -10,6 +10,7 @@ pub mod error;
 pub mod events;
 pub mod inspect;
 pub mod kubelet;
+pub mod limits;
 pub mod listeners;
 pub mod maps;
 mod netconf;
