@@ -174,9 +174,14 @@ impl Manifests {
         state.problems = problems;
         state.redirections.retain(|uid, _| pods.contains_key(uid));
         drop(state);
+        // What asks for the mesh is not known here; what has no label does not.
+        let mut opted_in = BTreeMap::new();
+        for pod in pods.values().filter(|p| !p.labels.is_empty()) {
+            *opted_in.entry(pod.namespace.clone()).or_default() += 1;
+        }
+        self.view.replace_opted_in(opted_in);
         self.view.replace_namespaces(namespaces);
         self.view.replace_pods(pods);
-        self.view.change_opted_in([].into(), true);
     }
 
     fn list(&self) -> io::Result<BTreeSet<PathBuf>> {

@@ -191,6 +191,27 @@ fn what_is_defined_twice_or_lacks_something_is_said() {
 }
 
 #[test]
+fn a_namespace_whose_pods_carry_labels_is_never_said_to_be_out() {
+    let dir = Dir::new();
+    let labelled =
+        "kind: Pod\nmetadata:\n  name: own\n  labels: {istio.io/dataplane-mode: ambient}\n";
+    dir.write("a.yaml", labelled);
+    let manifests = Manifests::new(&dir.0);
+    manifests.read();
+    let could = || {
+        let receiver = manifests.subscribe();
+        let cluster = receiver.borrow();
+        let opted_in = cluster.opted_in.get("default").copied().unwrap_or(0);
+        let labels = &cluster.namespaces["default"].labels;
+        crate::plan::settings::Settings::default().could_be_in("default", labels, opted_in)
+    };
+    assert!(could());
+    dir.write("a.yaml", "kind: Pod\nmetadata: {name: own}\n");
+    manifests.read();
+    assert!(!could());
+}
+
+#[test]
 fn redirection_is_remembered_for_pods_that_exist() {
     let dir = Dir::new();
     dir.write("a.yaml", TWO);

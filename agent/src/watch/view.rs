@@ -122,6 +122,15 @@ impl View {
         });
     }
 
+    /// All pods there are that may ask for the mesh, counted by namespace.
+    pub fn replace_opted_in(&self, counts: BTreeMap<String, usize>) {
+        self.lock().opt_in = 0;
+        self.cluster.send_if_modified(|c| {
+            let replaced = replace(&mut c.opted_in, counts);
+            replaced | raise(&mut c.opted_in_listed, true)
+        });
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Missing> {
         self.missing.lock().unwrap_or_else(PoisonError::into_inner)
     }
