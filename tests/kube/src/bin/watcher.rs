@@ -29,6 +29,7 @@ async fn main() -> Result<()> {
                 "opted_in": cluster.opted_in.values().sum::<usize>(),
                 "objects": watcher.api.stats().objects.get(),
                 "rss_kib": memory("VmRSS:")?,
+                "anonymous_kib": memory("RssAnon:")?,
                 "peak_kib": memory("VmHWM:")?,
             })
         );
