@@ -2,7 +2,7 @@
 //! in any of their settings.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -162,6 +162,23 @@ pub(crate) fn steady_curl(from: &Ns, to: SocketAddr, uri: &str) -> Result<Child>
         .args(["--rate", "10/s", "--output", "/dev/null"])
         .arg(url(to, &format!("{uri}/[1-100000]")));
     from.spawn(command)
+}
+
+/// Asks a resolver for a name with dig, over UDP or TCP; empty when nobody answers. An answer under another address
+/// than the resolver's is none to dig.
+pub(crate) fn dig(from: &Ns, resolver: IpAddr, name: &str, tcp: bool) -> Result<String> {
+    let mut command = program("dig")?;
+    let way = if tcp { "+tcp" } else { "+notcp" };
+    command.args(["-r", "+short", "+tries=1", "+timeout=2", way]);
+    command.arg(format!("@{resolver}")).arg(name);
+    let child = from.spawn(command)?;
+    // Without an answer it says so in a comment and ends with an error of its own.
+    let answered = finish(&child)?.success();
+    Ok(if answered {
+        child.stdout().trim().to_owned()
+    } else {
+        String::new()
+    })
 }
 
 fn curl() -> Result<Command> {

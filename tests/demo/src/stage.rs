@@ -18,6 +18,8 @@ const SYSCTLS: [&str; 3] = [
 ];
 /// The Kubernetes namespace of all three pods.
 const NAMESPACE: &str = "default";
+/// A name that only ztunnel knows: `web`'s address.
+pub(crate) const MESH_NAME: &str = "web.mesh";
 /// ztunnel's ports that pods' connections are steered to: outbound, inbound, DNS.
 const LISTENERS: usize = 3;
 
@@ -49,7 +51,11 @@ impl Stage {
         let web = lab.pod("web")?;
         let legacy = lab.pod("legacy")?;
         let servers = [programs::nginx(&lab, &web)?, programs::iperf3_server(&web)?];
-        let peers = ZtunnelOptions::new().hbone(&client).hbone(&web);
+        let peers = ZtunnelOptions::new()
+            .hbone(&client)
+            .hbone(&web)
+            .arg("--dns-name")
+            .arg(&format!("{MESH_NAME}={}", web.v4()?));
         // There is no kubelet here whose probes could be told from other connections of the node.
         let options = AgentOptions::new(&lab).arg("--probe-source=node");
         options.namespace(NAMESPACE, None)?;

@@ -8,7 +8,7 @@ use culvert_lab::Family;
 use crate::kernel::Held;
 use crate::programs;
 use crate::report::Report;
-use crate::stage::Stage;
+use crate::stage::{MESH_NAME, Stage};
 use crate::steps::Pages;
 use crate::steps::before::Start;
 use crate::wire::Wire;
@@ -66,6 +66,22 @@ pub(crate) fn play(report: &mut Report, stage: &mut Stage, start: &Start) -> Res
         let seen = pages.logged_as(stage, stage.lab.node())?;
         stage.counted(&stage.web, "inbound_accepts", taken, 0)?;
         Ok(format!("nginx logs {seen}; through ztunnel: 0"))
+    })?;
+    // Nobody resolves names on the node: whatever answers is ztunnel.
+    let resolver = stage.lab.node().ip(Family::V4)?;
+    report.line("client looks web.mesh up with dig", || {
+        for tcp in [false, true] {
+            let said = programs::dig(&stage.client, resolver, MESH_NAME, tcp)?;
+            ensure!(said == stage.web.v4()?.to_string(), "dig says {said:?}");
+        }
+        Ok(format!(
+            "UDP and TCP: ztunnel answers in the name of {resolver}"
+        ))
+    })?;
+    report.line("legacy asks the same", || {
+        let said = programs::dig(&stage.legacy, resolver, MESH_NAME, false)?;
+        ensure!(said.is_empty(), "dig says {said:?}");
+        Ok(format!("no answer: nobody resolves names at {resolver}"))
     })?;
     report.line("the connections from before", || {
         start.steady.alive(&stage.log)
