@@ -1,7 +1,6 @@
 //! DNS capture: lookups of a pod answered by ztunnel, over UDP and TCP, whoever asks however.
 #![expect(
     clippy::unwrap_used,
-    clippy::panic,
     reason = "test code: a step that fails is a test that fails"
 )]
 

@@ -1,4 +1,8 @@
 //! Lookups: answered by ztunnel under the resolver's address, and by the resolver while ztunnel is away.
+#![expect(
+    clippy::unwrap_used,
+    reason = "test code: a step that fails is a test that fails"
+)]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
