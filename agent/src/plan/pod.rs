@@ -8,6 +8,8 @@ use crate::model::Redirection;
 /// What a pod is meant to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wish {
+    /// Not decided yet: whatever is, stays.
+    Keep,
     /// In the mesh.
     In,
     /// Alive and out of the mesh.
@@ -84,6 +86,7 @@ pub enum Step {
 #[must_use]
 pub fn next(wish: Wish, so: Observed) -> Step {
     match wish {
+        Wish::Keep => Step::Done,
         Wish::In if !so.placed => Step::Find,
         Wish::In if so.kernel != Kernel::In => Step::Attach,
         Wish::In => match (so.ztunnel, so.annotation) {
@@ -224,7 +227,7 @@ mod tests {
     #[test]
     fn every_state_comes_to_rest_where_it_should() {
         let annotations = [None, Some(Redirection::Pending), Some(Redirection::Enabled)];
-        for wish in [Wish::In, Wish::Out, Wish::Gone] {
+        for wish in [Wish::Keep, Wish::In, Wish::Out, Wish::Gone] {
             for kernel in [Kernel::Out, Kernel::Stale, Kernel::In, Kernel::Draining] {
                 for ztunnel in [Ztunnel::Untold, Ztunnel::Waiting, Ztunnel::Acked] {
                     for annotation in annotations {
@@ -241,6 +244,7 @@ mod tests {
                         }
                         match wish {
                             Wish::In => assert_eq!(end, SERVED),
+                            Wish::Keep => assert_eq!(end, so),
                             Wish::Out | Wish::Gone => {
                                 assert_eq!(
                                     (end.kernel, end.ztunnel),

@@ -73,7 +73,8 @@ impl<P> Entry<P> {
     pub(super) fn new(target: Target) -> Self {
         Self {
             target,
-            wish: Wish::Out,
+            // A pod about which nothing can be said yet is not let go: that would be plaintext.
+            wish: Wish::Keep,
             policy: Policy::default(),
             place: None,
             sandbox: None,

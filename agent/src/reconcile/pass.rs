@@ -174,7 +174,7 @@ impl<W: World> Reconciler<W> {
                     let unwritten = entry.wish == Wish::Out && entry.annotation.is_some();
                     let remembered = entry.ended || !entry.warnings.is_empty() || unwritten;
                     let needed = remembered && cluster.pods.contains_key(uid);
-                    if entry.wish != Wish::In && !needed {
+                    if matches!(entry.wish, Wish::Out | Wish::Gone) && !needed {
                         done.push(uid.clone());
                     }
                 }

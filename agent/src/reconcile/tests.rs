@@ -684,3 +684,17 @@ async fn while_the_api_is_away_the_pins_say_who_is_enrolled() {
         ["forget shop/a", "untell shop/a"]
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_captured_stays_while_nothing_can_be_said_about_the_pod() {
+    let world = Fake::default();
+    world.captured.lock().unwrap().insert(7, Policy::default());
+    let stage = Stage::with(world);
+    stage.place("a", 7);
+    // Its namespace is not known.
+    stage.edit("a", |_| {});
+    assert!(stage.after(Duration::from_secs(60)).await.is_empty());
+    assert!(stage.fake().captured.lock().unwrap().contains_key(&7));
+    stage.namespace("shop", None);
+    assert_eq!(stage.soon().await, ["detach shop/a", "untell shop/a"]);
+}

@@ -33,24 +33,31 @@ impl Governed {
 
     /// The same with an agent that is started in another way.
     pub fn with(name: &str, change: impl FnOnce(AgentOptions) -> AgentOptions) -> Result<Self> {
+        let mut node = Self::without_ztunnel(name, change)?;
+        node.start_ztunnel()?;
+        Ok(node)
+    }
+
+    fn without_ztunnel(
+        name: &str,
+        change: impl FnOnce(AgentOptions) -> AgentOptions,
+    ) -> Result<Self> {
         let lab = Lab::new(name)?;
         let options = change(AgentOptions::new(&lab));
         options.namespace(NAMESPACE, None)?;
         let agent = options.start(&lab)?;
-        let mut node = Self {
+        Ok(Self {
             ztunnel: None,
             agent: Some(agent),
             options,
             peers: ZtunnelOptions::new(),
             lab,
-        };
-        node.start_ztunnel()?;
-        Ok(node)
+        })
     }
 
     /// With these pods, in the mesh by their namespace's label, reaching each other through HBONE.
     pub fn meshed<const N: usize>(name: &str, pods: [&str; N]) -> Result<(Self, [Ns; N])> {
-        let mut node = Self::new(name)?;
+        let mut node = Self::without_ztunnel(name, |options| options)?;
         let mut made = Vec::new();
         for pod in pods {
             made.push(node.pod(pod)?);
@@ -59,7 +66,8 @@ impl Governed {
             .try_into()
             .map_err(|_| anyhow::anyhow!("as many pods as names"))?;
         node.peers = made.iter().fold(node.peers, ZtunnelOptions::hbone);
-        node.ztunnel()?.set_peers(&node.peers)?;
+        // It passes on in plaintext, as it should, what goes to peers it does not know yet.
+        node.start_ztunnel()?;
         node.label(Some("ambient"))?;
         for pod in &made {
             node.expect_state(pod, "enrolled")?;

@@ -85,7 +85,23 @@ fn under_load(
         disturbed
     });
     disturbed?;
-    ensure!(!wire.contains(SECRET)?, "plaintext on the wire");
+    if wire.contains(SECRET)? {
+        let told = wire.packets()?.into_iter().filter(|p| {
+            p.payload
+                .windows(SECRET.len())
+                .any(|window| window == SECRET)
+        });
+        let told: Vec<String> = told
+            .take(5)
+            .map(|p| {
+                format!(
+                    "{:?}: {} -> {}, outgoing {}",
+                    p.time, p.src, p.dst, p.outgoing
+                )
+            })
+            .collect();
+        anyhow::bail!("plaintext on the wire: {}", told.join("; "));
+    }
     let (made, lost) = (
         counts.made.load(Ordering::Relaxed),
         counts.lost.load(Ordering::Relaxed),
