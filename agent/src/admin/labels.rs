@@ -82,16 +82,6 @@ macro_rules! labels {
 }
 
 labels! {
-    /// What a watch reported.
-    EventKind, "type" {
-        /// Something new.
-        Add = "add",
-        /// Something that changed.
-        Update = "update",
-        /// Something that is gone.
-        Delete = "delete",
-    }
-
     /// What the plugin asked for.
     CniCommand, "command" {
         /// A pod starts.
@@ -170,15 +160,5 @@ labels! {
         Nack = "nack",
         /// Not answered in time.
         Timeout = "timeout",
-        /// The connection ended first.
-        Lost = "lost",
-    }
-
-    /// What was written to the API server.
-    Write, "object" {
-        /// The redirection annotation.
-        Annotation = "annotation",
-        /// An event.
-        Event = "event",
     }
 }

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use prometheus_client::{
     encoding::text::encode,
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
     registry::Registry,
 };
 
@@ -15,12 +15,8 @@ use super::{
     book::{
         Book, Histograms,
         Stability::{Stable, Unstable},
-        durations,
     },
-    labels::{
-        By, CniCommand, EventKind, Labels, Outcome, RepairKind, Stage, UnenrolReason, Write,
-        ZdsOutcome,
-    },
+    labels::{By, CniCommand, Labels, Outcome, RepairKind, Stage, UnenrolReason, ZdsOutcome},
     sources::Sources,
     verdicts::Verdicts,
 };
@@ -30,8 +26,6 @@ use super::{
 pub struct Metrics {
     /// ztunnels that are connected.
     pub ztunnel_connected: Gauge,
-    /// What the watches reported.
-    pub reconcile_events: Family<By<EventKind>, Counter>,
     /// How long they took.
     pub cni_duration: Histograms<By<CniCommand>>,
     /// Pods that are to be enrolled.
@@ -56,16 +50,14 @@ pub struct Metrics {
     pub retries: Counter,
     /// Rounds of the reconcile loop.
     pub reconcile_rounds: Counter,
-    /// How long they took.
-    pub reconcile_duration: Histogram,
     /// Connections of ztunnels that were taken.
     pub zds_connections: Counter,
     /// Connections that were not: wrong peer, wrong protocol.
     pub zds_refused: Counter,
     /// Messages to ztunnel.
     pub zds_messages: Family<By<ZdsOutcome>, Counter>,
-    /// Writes to the API server.
-    pub api_writes: Family<(By<Write>, By<Outcome>), Counter>,
+    /// Writes of the redirection annotation.
+    pub annotation_writes: Family<By<Outcome>, Counter>,
     pub(super) verdicts: Arc<Verdicts>,
     pub(super) sources: Sources,
     registry: Registry,
@@ -97,11 +89,6 @@ impl Metrics {
                 "ztunnel_connected",
                 Stable,
                 "ztunnels connected to this agent",
-            ),
-            reconcile_events: book.counters(
-                "nodeagent_reconcile_events",
-                Stable,
-                "Changes of pods and namespaces that the watches reported",
             ),
             cni_duration: book.histograms(
                 "culvert_cni_request_duration_seconds",
@@ -155,12 +142,6 @@ impl Metrics {
                 Unstable,
                 "Rounds of the reconcile loop",
             ),
-            reconcile_duration: book.one(
-                "culvert_reconcile_duration_seconds",
-                Unstable,
-                "Time a round of the reconcile loop took",
-                durations(),
-            ),
             zds_connections: book.counter(
                 "culvert_zds_connections",
                 Stable,
@@ -172,7 +153,11 @@ impl Metrics {
                 "Connections to ztunnel's socket that were refused",
             ),
             zds_messages: book.counters("culvert_zds_messages", Stable, "Messages to ztunnel"),
-            api_writes: book.counters("culvert_api_writes", Unstable, "Writes to the API server"),
+            annotation_writes: book.counters(
+                "culvert_annotation_writes",
+                Stable,
+                "Writes of the annotation ambient.istio.io/redirection",
+            ),
             sources: Sources::register(&mut book),
             verdicts: Arc::clone(&verdicts),
             registry: Registry::default(),

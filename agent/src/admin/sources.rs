@@ -19,7 +19,7 @@ use crate::{cni_server, install, watch};
 #[derive(Debug)]
 pub(super) struct Sources {
     plugin: [Arc<Sampled>; 3],
-    watch: [Arc<Sampled>; 5],
+    watch: [Arc<Sampled>; 6],
     installer: [Arc<Sampled>; 3],
     probes: [Arc<Sampled>; 2],
 }
@@ -66,6 +66,14 @@ fn watch_restarts(stats: &watch::stats::Stats) -> Vec<Row> {
     by([("silent", silent), ("error", error)])
 }
 
+fn watch_events(stats: &watch::stats::Stats) -> Vec<Row> {
+    by([
+        ("add", stats.added.get()),
+        ("update", stats.updated.get()),
+        ("delete", stats.deleted.get()),
+    ])
+}
+
 fn installs(status: &install::Status) -> Vec<Row> {
     by([
         ("SUCCESS", status.installs),
@@ -110,6 +118,13 @@ impl Sources {
         ];
         let stats = watch::stats::Stats::default();
         let watch = [
+            counter(
+                "nodeagent_reconcile_events",
+                Stable,
+                "Changes of pods and namespaces that the watches reported",
+                &["type"],
+                fixed(watch_events(&stats)),
+            ),
             counter(
                 "culvert_watch_restarts",
                 Stable,
@@ -278,7 +293,8 @@ impl Metrics {
 
     /// Says who watches.
     pub fn count_watch(&self, source: &Arc<watch::Source>) {
-        let reads: [fn(&watch::stats::Stats) -> Vec<Row>; 5] = [
+        let reads: [fn(&watch::stats::Stats) -> Vec<Row>; 6] = [
+            watch_events,
             watch_restarts,
             |s| one(s.lists.get()),
             |s| one(s.objects.get()),

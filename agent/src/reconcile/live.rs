@@ -67,6 +67,13 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
+impl Live {
+    fn wrote(&self, outcome: Outcome) {
+        let writes = &self.metrics.annotation_writes;
+        writes.get_or_create(&By(outcome)).inc();
+    }
+}
+
 impl World for Live {
     type Place = Netns;
 
@@ -234,6 +241,8 @@ impl World for Live {
         self.source
             .set_redirection(&reference(target), value)
             .await
+            .inspect(|_| self.wrote(Outcome::Success))
+            .inspect_err(|_| self.wrote(Outcome::Retry))
             .map(|_| ())
             .map_err(|error| Failure {
                 message: error.to_string(),

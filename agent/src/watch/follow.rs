@@ -38,8 +38,8 @@ pub(super) trait Sink {
     fn listed(&mut self, object: Self::Object);
     /// The list is complete.
     fn complete(&mut self);
-    /// New or changed.
-    fn changed(&mut self, object: Self::Object);
+    /// New or changed; true if it was not there.
+    fn changed(&mut self, object: Self::Object) -> bool;
     /// Gone.
     fn gone(&mut self, object: Self::Object);
 }
@@ -67,11 +67,16 @@ pub(super) async fn follow<K>(
             }
             Ok(Event::Apply(object)) => {
                 stats.objects.add();
-                sink.changed(object);
+                if sink.changed(object) {
+                    stats.added.add();
+                } else {
+                    stats.updated.add();
+                }
                 trouble.over(what);
             }
             Ok(Event::Delete(object)) => {
                 stats.objects.add();
+                stats.deleted.add();
                 sink.gone(object);
                 trouble.over(what);
             }
@@ -174,10 +179,8 @@ impl Sink for Pods {
         self.view.replace_pods(std::mem::take(&mut self.list));
     }
 
-    fn changed(&mut self, object: objects::Pod) {
-        if let Some(pod) = objects::pod(object) {
-            self.view.set_pod(pod);
-        }
+    fn changed(&mut self, object: objects::Pod) -> bool {
+        objects::pod(object).is_some_and(|pod| self.view.set_pod(pod))
     }
 
     fn gone(&mut self, object: objects::Pod) {
@@ -215,10 +218,9 @@ impl Sink for Namespaces {
         self.view.replace_namespaces(std::mem::take(&mut self.list));
     }
 
-    fn changed(&mut self, object: Self::Object) {
-        if let Some((name, namespace)) = objects::namespace(object.metadata) {
-            self.view.set_namespace(name, namespace);
-        }
+    fn changed(&mut self, object: Self::Object) -> bool {
+        objects::namespace(object.metadata)
+            .is_some_and(|(name, namespace)| self.view.set_namespace(name, namespace))
     }
 
     fn gone(&mut self, object: Self::Object) {
@@ -281,12 +283,14 @@ impl Sink for OptIns {
             .change_opted_in(changes, std::mem::take(&mut self.first));
     }
 
-    fn changed(&mut self, object: Self::Object) {
+    fn changed(&mut self, object: Self::Object) -> bool {
         if let Some((namespace, pod)) = self.key(object)
             && self.known.entry(namespace.clone()).or_default().insert(pod)
         {
             self.view.change_opted_in([(namespace, 1)].into(), false);
+            return true;
         }
+        false
     }
 
     fn gone(&mut self, object: Self::Object) {

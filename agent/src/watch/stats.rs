@@ -13,6 +13,12 @@ pub struct Stats {
     pub lists: Counter,
     /// Objects received, in lists and as changes.
     pub objects: Counter,
+    /// Changes after the first list: objects that were not known.
+    pub added: Counter,
+    /// Those that were.
+    pub updated: Counter,
+    /// Those that are gone.
+    pub deleted: Counter,
     /// Events not written to Kubernetes because there were too many.
     pub events_suppressed: Counter,
     /// Events that the API server did not take.

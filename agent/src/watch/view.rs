@@ -52,10 +52,14 @@ impl View {
         self.cluster.subscribe()
     }
 
-    /// A pod as it is now.
-    pub fn set_pod(&self, pod: Pod) {
-        self.cluster
-            .send_if_modified(|c| set(&mut c.pods, pod.uid.clone(), pod));
+    /// A pod as it is now; true if it was not there.
+    pub fn set_pod(&self, pod: Pod) -> bool {
+        let mut new = false;
+        self.cluster.send_if_modified(|c| {
+            new = !c.pods.contains_key(&pod.uid);
+            set(&mut c.pods, pod.uid.clone(), pod)
+        });
+        new
     }
 
     /// A pod that is gone.
@@ -75,10 +79,14 @@ impl View {
         });
     }
 
-    /// A namespace as it is now.
-    pub fn set_namespace(&self, name: String, namespace: Namespace) {
-        self.cluster
-            .send_if_modified(|c| set(&mut c.namespaces, name, namespace));
+    /// A namespace as it is now; true if it was not there.
+    pub fn set_namespace(&self, name: String, namespace: Namespace) -> bool {
+        let mut new = false;
+        self.cluster.send_if_modified(|c| {
+            new = !c.namespaces.contains_key(&name);
+            set(&mut c.namespaces, name, namespace)
+        });
+        new
     }
 
     /// A namespace that is gone.
@@ -178,10 +186,10 @@ mod tests {
         view.replace_namespaces(BTreeMap::new());
         assert!(reader.has_changed().unwrap() && reader.borrow_and_update().listed);
 
-        view.set_namespace("a".into(), Namespace::default());
+        assert!(view.set_namespace("a".into(), Namespace::default()));
         assert!(reader.has_changed().unwrap());
         reader.mark_unchanged();
-        view.set_namespace("a".into(), Namespace::default());
+        assert!(!view.set_namespace("a".into(), Namespace::default()));
         view.remove_namespace("b");
         view.replace_namespaces([("a".into(), Namespace::default())].into());
         assert!(!reader.has_changed().unwrap());
