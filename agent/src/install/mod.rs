@@ -8,7 +8,6 @@ pub mod conflist;
 mod error;
 mod files;
 mod json;
-pub mod leave;
 mod options;
 mod party;
 mod plan;
@@ -21,7 +20,6 @@ use std::{
 
 pub use conflist::{Entry, PLUGIN};
 pub use error::{Cause, Error};
-pub use leave::{Leave, leave_or_remove};
 pub use options::{Mode, Options, beside_us, entry};
 pub use plan::{Operation, Plan};
 pub use watch::{State, Status};

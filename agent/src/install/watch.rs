@@ -131,8 +131,7 @@ struct Memory {
 impl Installer {
     /// Installs, and keeps it so until `stop`.
     ///
-    /// On the way out it leaves everything as it is: whether to remove it is another question
-    /// ([`leave_or_remove`](super::leave_or_remove)).
+    /// On the way out it leaves everything as it is: whether to remove it is for whoever stops it to ask.
     pub async fn watch(self: Arc<Self>, status: watch::Sender<Status>, stop: CancellationToken) {
         let wake = Arc::new(Notify::new());
         let mut watches = Watches::new(&wake);

@@ -102,7 +102,8 @@ fn requirement(r: &NodeSelectorRequirement, on: &BTreeMap<String, String>) -> bo
         "DoesNotExist" => value.is_none(),
         "Gt" => compare(|a, b| a > b),
         "Lt" => compare(|a, b| a < b),
-        _ => false,
+        // Of a later Kubernetes: what cannot be judged is no reason to take anything away.
+        _ => true,
     }
 }
 
@@ -163,6 +164,10 @@ mod tests {
             (
                 json!([{"matchExpressions": [{"key": "cpus", "operator": "Lt", "values": ["8"]}]}]),
                 false,
+            ),
+            (
+                json!([{"matchExpressions": [{"key": "os", "operator": "FromTheFuture", "values": ["x"]}]}]),
+                true,
             ),
             (json!([{}]), false),
         ] {
