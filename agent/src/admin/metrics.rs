@@ -1,6 +1,6 @@
 //! Every metric of the agent, in one struct that is registered once.
 //!
-//! Each series exists from the start, at 0. The help text begins with [STABLE] where name, labels and meaning stay from
+//! Each series exists from the start, at 0. The help text begins with `[STABLE]` where name, labels and meaning stay from
 //! release to release; docs/metrics.md lists them all and is compared with what is encoded here.
 
 use std::{fmt, sync::Arc, time::Duration};

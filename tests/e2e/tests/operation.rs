@@ -1,9 +1,4 @@
 //! The daemon as an operator meets it: its status, its privileges, its addresses, its log, its end.
-#![expect(
-    clippy::unwrap_used,
-    reason = "test code: a step that fails is a test that fails"
-)]
-
 use std::{
     collections::BTreeSet,
     fs,

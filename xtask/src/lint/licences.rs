@@ -9,13 +9,14 @@ use serde_json::Value;
 use crate::{cmd, ebpf, project::Project};
 
 /// Permissive licences (SPDX names) that ask for no more than a notice.
-const ALLOWED: [&str; 11] = [
+const ALLOWED: [&str; 12] = [
     "0BSD",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",
     "BSD-2-Clause",
     "BSD-3-Clause",
     "BSL-1.0",
+    "CC0-1.0",
     "ISC",
     "MIT",
     "Unicode-3.0",
