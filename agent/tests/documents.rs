@@ -3,7 +3,6 @@
 //! `CULVERT_BLESS=1 cargo test -p culvert --test documents` writes them anew; read the diff.
 #![expect(
     clippy::unwrap_used,
-    clippy::panic,
     reason = "test code: a step that fails is a test that fails"
 )]
 
