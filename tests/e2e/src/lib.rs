@@ -38,6 +38,15 @@ impl Mesh {
         Ok(Self { zds, ztunnel, lab })
     }
 
+    /// One enrolled pod and the rest of the world. Nobody's probes pass by ztunnel.
+    pub fn one_pod(name: &str) -> Result<(Self, Ns, Ns)> {
+        let mesh = Self::new(name)?;
+        let pod = mesh.lab.pod("a")?;
+        let outside = mesh.lab.outside()?;
+        mesh.enrol(&pod, &["--probe-source", "none"])?;
+        Ok((mesh, pod, outside))
+    }
+
     /// A lab with these pods, enrolled, whose ztunnel speaks HBONE to each of them.
     pub fn meshed<const N: usize>(name: &str, pods: [&str; N]) -> Result<(Self, [Ns; N])> {
         let lab = Lab::new(name)?;

@@ -66,6 +66,18 @@ pub fn talk(from: &Ns, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
+/// Talks to an echo server, which must see this client.
+pub fn talk_as(client: &Ns, server: &Server, seen_as: IpAddr) -> Result<()> {
+    let before = server.count();
+    let stream = connect(client, server.addr(), LONG)?;
+    ensure!(roundtrip(&stream, b"hello")? == b"hello");
+    let peers = server.peers();
+    ensure!(peers.len() == before + 1, "came as {peers:?}");
+    let last = peers.last().context("nobody came")?.ip().to_canonical();
+    ensure!(last == seen_as, "seen as {last} instead of {seen_as}");
+    Ok(())
+}
+
 /// Checks that the pod reaches itself, by loopback and by its own address, in both families.
 pub fn local_delivery_works(pod: &Ns) -> Result<()> {
     for family in Family::BOTH {

@@ -1,33 +1,11 @@
 //! The application's listening sockets with options of its own, from before enrolment and from after it.
 
-use std::net::IpAddr;
-
-use anyhow::{Context as _, Result, ensure};
-use culvert_e2e::{LONG, Mesh, eventually};
-use culvert_lab::{Family, Ns, Server, connect, roundtrip};
+use anyhow::Result;
+use culvert_e2e::traffic::talk_as;
+use culvert_e2e::{Mesh, eventually};
+use culvert_lab::{Family, Ns, Server};
 
 const APP: u16 = 8080;
-
-/// One enrolled pod and the rest of the world.
-fn one_pod(name: &str) -> Result<(Mesh, Ns, Ns)> {
-    let mesh = Mesh::new(name)?;
-    let pod = mesh.lab.pod("a")?;
-    let outside = mesh.lab.outside()?;
-    mesh.enrol(&pod, &["--probe-source", "none"])?;
-    Ok((mesh, pod, outside))
-}
-
-/// Talks to an echo server, which must see this client.
-fn talk(client: &Ns, server: &Server, seen_as: IpAddr) -> Result<()> {
-    let before = server.count();
-    let stream = connect(client, server.addr(), LONG)?;
-    ensure!(roundtrip(&stream, b"hello")? == b"hello");
-    let peers = server.peers();
-    ensure!(peers.len() == before + 1, "came as {peers:?}");
-    let last = peers.last().context("nobody came")?.ip().to_canonical();
-    ensure!(last == seen_as, "seen as {last} instead of {seen_as}");
-    Ok(())
-}
 
 /// Listeners to which an application has given a mark.
 fn marked_listeners(pod: &Ns) -> Result<Vec<Server>> {
@@ -43,11 +21,11 @@ fn marked_listeners(pod: &Ns) -> Result<Vec<Server>> {
 
 #[test]
 fn a_listener_with_a_mark_set_after_enrolment() {
-    let (_mesh, pod, outside) = one_pod("listener-mark").unwrap();
+    let (_mesh, pod, outside) = Mesh::one_pod("listener-mark").unwrap();
     for server in marked_listeners(&pod).unwrap() {
         let family = Family::of(server.addr().ip());
         for client in [&outside, &pod] {
-            talk(client, &server, client.ip(family).unwrap())
+            talk_as(client, &server, client.ip(family).unwrap())
                 .unwrap_or_else(|e| panic!("{} from {}: {e:?}", server.addr(), client.name()));
         }
     }
@@ -66,7 +44,7 @@ fn a_listener_with_a_mark_from_before_enrolment() {
     for server in &servers {
         let family = Family::of(server.addr().ip());
         for client in [&outside, &pod] {
-            talk(client, server, client.ip(family).unwrap()).unwrap();
+            talk_as(client, server, client.ip(family).unwrap()).unwrap();
         }
     }
     let through = before + u64::try_from(servers.len()).unwrap();
@@ -96,7 +74,7 @@ fn a_listener_bound_to_a_device() {
         for server in bound_early.unwrap_or_else(servers) {
             let family = Family::of(server.addr().ip());
             for client in [&outside, &pod] {
-                talk(client, &server, client.ip(family).unwrap()).unwrap();
+                talk_as(client, &server, client.ip(family).unwrap()).unwrap();
             }
         }
     }

@@ -1,34 +1,14 @@
 //! Pods and what is around them: who is seen as the client, in which ways two pods of one node may meet, and UDP, which is
 //! nobody's business here.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
+use culvert_e2e::traffic::talk_as;
 use culvert_e2e::{LONG, Mesh};
 use culvert_lab::{Family, Ns, Server, connect, roundtrip};
 
 const APP: u16 = 8080;
-
-/// One enrolled pod and the rest of the world.
-fn one_pod(name: &str) -> Result<(Mesh, Ns, Ns)> {
-    let mesh = Mesh::new(name)?;
-    let pod = mesh.lab.pod("a")?;
-    let outside = mesh.lab.outside()?;
-    mesh.enrol(&pod, &["--probe-source", "none"])?;
-    Ok((mesh, pod, outside))
-}
-
-/// Talks to an echo server, which must see this client.
-fn talk(client: &Ns, server: &Server, seen_as: IpAddr) -> Result<()> {
-    let before = server.count();
-    let stream = connect(client, server.addr(), LONG)?;
-    ensure!(roundtrip(&stream, b"hello")? == b"hello");
-    let peers = server.peers();
-    ensure!(peers.len() == before + 1, "came as {peers:?}");
-    let last = peers.last().context("nobody came")?.ip().to_canonical();
-    ensure!(last == seen_as, "seen as {last} instead of {seen_as}");
-    Ok(())
-}
 
 #[test]
 fn the_clients_address_is_preserved_in_hbone_and_in_plaintext() {
@@ -37,7 +17,7 @@ fn the_clients_address_is_preserved_in_hbone_and_in_plaintext() {
     for family in Family::BOTH {
         let server = Server::echo(&b, b.at(family, APP).unwrap()).unwrap();
         for client in [&a, &outside] {
-            talk(client, &server, client.ip(family).unwrap()).unwrap();
+            talk_as(client, &server, client.ip(family).unwrap()).unwrap();
         }
         // As well by who listens for both families at once.
         let any = SocketAddr::new(Family::V6.unspecified(), APP + 1);
@@ -70,7 +50,7 @@ fn datagram(client: &Ns, server: &Ns, at: SocketAddr) -> Result<SocketAddr> {
 
 #[test]
 fn udp_is_left_alone() {
-    let (mesh, pod, outside) = one_pod("udp").unwrap();
+    let (mesh, pod, outside) = Mesh::one_pod("udp").unwrap();
     for family in Family::BOTH {
         // Port 53 as well: nobody asked for DNS capture. And ztunnel's numbers mean TCP ports.
         for port in [53, 15001, 15006, 15008, 9999] {
@@ -106,19 +86,19 @@ fn two_pods_of_one_node() {
         };
         // Both enrolled.
         let before = (stats("a"), stats("b"));
-        talk(&a, &servers[1], ip(&a)).unwrap();
+        talk_as(&a, &servers[1], ip(&a)).unwrap();
         assert_eq!(grew("a", "hbone_out", &before.0), 1);
         assert_eq!(grew("b", "hbone_in", &before.1), 1);
         // The client alone.
-        talk(&a, &servers[2], ip(&a)).unwrap();
+        talk_as(&a, &servers[2], ip(&a)).unwrap();
         assert_eq!(grew("a", "passthrough_out", &before.0), 1);
         // The server alone.
-        talk(&c, &servers[0], ip(&c)).unwrap();
+        talk_as(&c, &servers[0], ip(&c)).unwrap();
         assert_eq!(grew("a", "inbound_accepts", &before.0), 1);
         // Neither.
         let before = (stats("a"), stats("b"));
-        talk(&c, &servers[3], ip(&c)).unwrap();
-        talk(&d, &servers[2], ip(&d)).unwrap();
+        talk_as(&c, &servers[3], ip(&c)).unwrap();
+        talk_as(&d, &servers[2], ip(&d)).unwrap();
         assert_eq!((stats("a"), stats("b")), before);
     }
 }

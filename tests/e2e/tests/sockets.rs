@@ -6,34 +6,13 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
 use culvert_e2e::cage::{Cage, NEEDLE, PORT, nothing_escaped, tcp};
+use culvert_e2e::traffic::talk_as;
 use culvert_e2e::{LONG, Mesh, eventually};
 use culvert_lab::{Connect, Creds, Family, Ns, Server, connect, roundtrip, sockopt};
 use socket2::SockRef;
 
 const APP: u16 = 8080;
-
-/// One enrolled pod and the rest of the world.
-fn one_pod(name: &str) -> Result<(Mesh, Ns, Ns)> {
-    let mesh = Mesh::new(name)?;
-    let pod = mesh.lab.pod("a")?;
-    let outside = mesh.lab.outside()?;
-    mesh.enrol(&pod, &["--probe-source", "none"])?;
-    Ok((mesh, pod, outside))
-}
-
-/// Talks to an echo server, which must see this client.
-fn talk(client: &Ns, server: &Server, seen_as: IpAddr) -> Result<()> {
-    let before = server.count();
-    let stream = connect(client, server.addr(), LONG)?;
-    ensure!(roundtrip(&stream, b"hello")? == b"hello");
-    let peers = server.peers();
-    ensure!(peers.len() == before + 1, "came as {peers:?}");
-    let last = peers.last().context("nobody came")?.ip().to_canonical();
-    ensure!(last == seen_as, "seen as {last} instead of {seen_as}");
-    Ok(())
-}
 
 #[test]
 fn a_connect_that_does_not_block() {
@@ -213,7 +192,7 @@ fn mptcp() {
             .start()
             .unwrap();
         for client in [&outside, &cage.b, &cage.a] {
-            talk(client, &server, client.ip(family).unwrap())
+            talk_as(client, &server, client.ip(family).unwrap())
                 .unwrap_or_else(|e| panic!("{family} from {}: {e:?}", client.name()));
             let stream = Connect::to(server.addr()).mptcp().run(client).unwrap();
             roundtrip(&stream, b"both ends").unwrap();
@@ -256,7 +235,7 @@ fn v4_mapped_addresses() {
 
 #[test]
 fn the_pods_own_link_local_addresses() {
-    let (mesh, pod, _) = one_pod("own-link-local").unwrap();
+    let (mesh, pod, _) = Mesh::one_pod("own-link-local").unwrap();
     let own = pod.link_local("eth0").unwrap();
     let scope = pod.ifindex("eth0").unwrap();
     let at = |port| SocketAddr::from(SocketAddrV6::new(own, port, 0, scope));
@@ -296,7 +275,7 @@ fn a_connection_closed_on_one_side() {
 /// The unspecified address means the pod itself.
 #[test]
 fn the_unspecified_destination() {
-    let (mesh, pod, _) = one_pod("unspecified").unwrap();
+    let (mesh, pod, _) = Mesh::one_pod("unspecified").unwrap();
     for family in Family::BOTH {
         let server = Server::echo(&pod, SocketAddr::new(family.unspecified(), APP)).unwrap();
         let to = SocketAddr::new(family.unspecified(), APP);
