@@ -97,7 +97,8 @@ impl Handler for Requests {
         let Some(uid) = &request.pod.uid else {
             return Ok(CheckReply::default());
         };
-        match self.reconciler.check(&uid.as_str().into()).await {
+        let place = open(&request.netns).await?;
+        match self.reconciler.check(&uid.as_str().into(), &place).await {
             Ok(Answer::Enrolled { .. }) => Ok(CheckReply {
                 enrolled: true,
                 problem: None,

@@ -335,6 +335,17 @@ impl World for Live {
         }
     }
 
+    async fn examine(&self, place: Arc<Netns>) -> Result<Option<String>, Failure> {
+        let node = Arc::clone(&self.node);
+        let found = blocking(move || {
+            let mut problems = verify::verify_programs(&node)?;
+            problems.extend(verify::verify_deep(&node, &place)?);
+            Ok(problems)
+        });
+        let found: Vec<String> = found.await?.into_iter().map(|p| p.what).collect();
+        Ok((!found.is_empty()).then(|| found.join("; ")))
+    }
+
     fn captured(&self, place: &Netns) -> bool {
         let pod = self.node.maps().pods.get(&place.cookie().0);
         matches!(pod, Ok(Some(_)))

@@ -91,6 +91,10 @@ impl<W: World> Reconciler<W> {
                             old
                         })
                         .flatten();
+                    // Added again before its DEL was acted upon: there is nothing to let go any more.
+                    if std::mem::take(&mut entry.ended) {
+                        entry.sandbox = None;
+                    }
                     // A further interface of the same pod goes and comes without the pod.
                     entry.sandbox.get_or_insert_with(|| sandbox.to_owned());
                     entry.busy = true;
@@ -185,9 +189,13 @@ impl<W: World> Reconciler<W> {
         dead.filter(|s| self.del(s)).count()
     }
 
-    /// Is this pod as the plugin was told it is? The reason if not.
-    pub async fn check(&self, uid: &PodUid) -> Result<Answer, Failure> {
-        let place = {
+    /// Is this pod, in this namespace, as the plugin was told it is? The reason if not.
+    pub async fn check(&self, uid: &PodUid, place: &W::Place) -> Result<Answer, Failure> {
+        let failed = |message: String| Failure {
+            message,
+            retry: true,
+        };
+        let known = {
             let entries = self.entries();
             let Some((_, entry)) = entries
                 .iter()
@@ -198,35 +206,35 @@ impl<W: World> Reconciler<W> {
             if entry.wish != Wish::In {
                 return Ok(Answer::Outside(entry.reason.clone()));
             }
-            let so = entry.observed(Instant::now());
-            let failed = |message: &str| Failure {
-                message: message.to_owned(),
-                retry: true,
+            let Some(known) = entry.place.clone() else {
+                return Err(failed("it was not added, or was let go".to_owned()));
             };
+            if !self.same(&known, place) {
+                return Err(failed(
+                    "it was added in another network namespace than this one".to_owned(),
+                ));
+            }
+            let so = entry.observed(Instant::now());
             match (so.kernel, so.ztunnel) {
                 (Kernel::In, Ztunnel::Acked) => {}
                 (Kernel::In, _) => {
-                    return Err(failed("captured, but ztunnel does not serve it yet"));
+                    return Err(failed(
+                        "captured, but ztunnel does not serve it yet".to_owned(),
+                    ));
                 }
+                _ if entry.broken => return Err(failed(entry.reason.clone())),
                 _ => {
                     return Err(failed(
-                        "not captured, or not as it should be: it is being repaired",
+                        "not captured, or not as its annotations ask for".to_owned(),
                     ));
                 }
             }
-            entry.place.clone()
+            known
         };
-        let problems = match place {
-            Some(place) => self.inner.world.verify(vec![(uid.clone(), place)]).await,
-            None => Vec::new(),
-        };
-        match problems.into_iter().next() {
-            Some((_, message)) => {
+        match self.inner.world.examine(known).await? {
+            Some(problem) => {
                 self.wake();
-                Err(Failure {
-                    message,
-                    retry: true,
-                })
+                Err(failed(problem))
             }
             None => Ok(Answer::Enrolled {
                 kernel: Duration::ZERO,

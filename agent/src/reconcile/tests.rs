@@ -134,6 +134,10 @@ impl World for Fake {
             .collect()
     }
 
+    async fn examine(&self, place: Arc<u32>) -> Result<Option<String>, Failure> {
+        Ok((!self.captured(&place)).then(|| "not captured".into()))
+    }
+
     fn captured(&self, place: &u32) -> bool {
         self.captured.lock().unwrap().contains_key(place)
     }
@@ -589,6 +593,22 @@ async fn a_new_sandbox_under_the_same_uid_outlives_the_old_ones_del() {
         .add(&pod("a"), Some(&mesh()), 3, "s3", soon())
         .await;
     assert!(matches!(answer, Ok(Answer::Enrolled { .. })), "{answer:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_add_right_after_a_del_is_the_last_word() {
+    let stage = enrolled().await;
+    let (a, mesh) = (pod("a"), mesh());
+    let add = |sandbox| stage.reconciler.add(&a, Some(&mesh), 1, sandbox, soon());
+    assert!(matches!(add("s1").await, Ok(Answer::Enrolled { .. })));
+    assert!(stage.reconciler.del("s1"));
+    // Nobody has had a turn in between: the DEL is not acted upon yet.
+    assert!(matches!(add("s2").await, Ok(Answer::Enrolled { .. })));
+    assert!(stage.after(Duration::from_secs(120)).await.is_empty());
+    assert!(!stage.reconciler.del("s1"));
+    assert!(stage.reconciler.del("s2"));
+    stage.soon().await;
+    assert!(stage.fake().captured.lock().unwrap().is_empty());
 }
 
 #[tokio::test(start_paused = true)]

@@ -140,6 +140,12 @@ pub trait World: fmt::Debug + Send + Sync + 'static {
         places: Vec<(PodUid, Arc<Self::Place>)>,
     ) -> impl Future<Output = Vec<(PodUid, String)>> + Send;
 
+    /// Everything about one pod that [`World::attach`] made: what is wrong with it, if anything.
+    fn examine(
+        &self,
+        place: Arc<Self::Place>,
+    ) -> impl Future<Output = Result<Option<String>, Failure>> + Send;
+
     /// Does the kernel capture this namespace?
     fn captured(&self, place: &Self::Place) -> bool;
 
