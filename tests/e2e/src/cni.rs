@@ -39,6 +39,14 @@ pub struct Attachment<'a> {
     pub args: &'a str,
 }
 
+/// For commands that are about no container.
+const NOBODY: Attachment<'static> = Attachment {
+    container: "",
+    netns: None,
+    ifname: "",
+    args: "",
+};
+
 /// A plugin said no: its error object.
 #[derive(Debug, thiserror::Error)]
 #[error("{plugin} {command}: {error}")]
@@ -107,6 +115,39 @@ impl Network {
         Ok(())
     }
 
+    /// Runs all plugins' GC: of this network, these `(container, interface)` alone are still alive.
+    pub fn gc(&self, node: &Ns, alive: &[(&str, &str)]) -> Result<()> {
+        let alive: Vec<Value> = alive
+            .iter()
+            .map(|(container, ifname)| json!({"containerID": container, "ifname": ifname}))
+            .collect();
+        for plugin in &self.plugins {
+            let mut plugin = plugin.clone();
+            plugin.insert("cni.dev/valid-attachments".into(), json!(alive));
+            let printed = self.run(node, "GC", &plugin, &NOBODY, None)?;
+            ensure!(printed.is_empty(), "GC printed {printed:?}");
+        }
+        Ok(())
+    }
+
+    /// Runs all plugins' STATUS.
+    pub fn status(&self, node: &Ns) -> Result<()> {
+        for plugin in &self.plugins {
+            let printed = self.run(node, "STATUS", plugin, &NOBODY, None)?;
+            ensure!(printed.is_empty(), "STATUS printed {printed:?}");
+        }
+        Ok(())
+    }
+
+    /// What each plugin answers to VERSION.
+    pub fn versions(&self, node: &Ns) -> Result<Vec<Value>> {
+        let answers = self.plugins.iter().map(|plugin| {
+            let printed = self.run(node, "VERSION", plugin, &NOBODY, None)?;
+            serde_json::from_str(&printed).with_context(|| format!("VERSION printed {printed:?}"))
+        });
+        answers.collect()
+    }
+
     fn run(
         &self,
         node: &Ns,
@@ -168,13 +209,16 @@ fn run_plugin(
         // `bridge` looks for programs of its own.
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .env("CNI_COMMAND", command)
-        .env("CNI_CONTAINERID", attachment.container)
-        .env("CNI_IFNAME", attachment.ifname)
-        .env("CNI_ARGS", attachment.args)
         .env("CNI_PATH", path)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
+    let about = [
+        ("CNI_CONTAINERID", attachment.container),
+        ("CNI_IFNAME", attachment.ifname),
+        ("CNI_ARGS", attachment.args),
+    ];
+    process.envs(about.into_iter().filter(|(_, value)| !value.is_empty()));
     if let Some(netns) = attachment.netns {
         process.env("CNI_NETNS", netns);
     }

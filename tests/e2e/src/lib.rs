@@ -9,6 +9,7 @@ pub mod dns;
 pub mod governed;
 pub mod killing;
 pub mod picture;
+pub mod runtime;
 pub mod traffic;
 
 use std::time::{Duration, Instant};

@@ -103,9 +103,28 @@ impl AgentOptions {
         )
     }
 
+    /// Writes a Pod that has neither sandbox nor address yet, as the API shows one that was just scheduled. UID and
+    /// service account are its name.
+    pub fn scheduled_pod(&self, namespace: &str, name: &str) -> Result<()> {
+        self.write(
+            &format!("pod-{name}"),
+            &json!({
+                "apiVersion": "v1", "kind": "Pod",
+                "metadata": {"name": name, "namespace": namespace, "uid": name},
+                "spec": {"serviceAccountName": name},
+                "status": {"phase": "Pending"},
+            }),
+        )
+    }
+
     /// Takes a Pod's manifest away.
     pub fn remove_pod(&self, ns: &Ns) -> Result<()> {
-        let path = self.manifests().join(format!("pod-{}.json", ns.name()));
+        self.remove_pod_named(ns.name())
+    }
+
+    /// Takes the manifest of a Pod of that name away.
+    pub fn remove_pod_named(&self, name: &str) -> Result<()> {
+        let path = self.manifests().join(format!("pod-{name}.json"));
         fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
     }
 
@@ -113,7 +132,10 @@ impl AgentOptions {
         let dir = self.manifests();
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         // Renamed into place, so that it is never read half-written.
-        let (fresh, path) = (self.place.join("fresh"), dir.join(format!("{name}.json")));
+        let (fresh, path) = (
+            self.place.join(format!("fresh-{name}")),
+            dir.join(format!("{name}.json")),
+        );
         fs::write(&fresh, serde_json::to_vec_pretty(manifest)?)
             .and_then(|()| fs::rename(&fresh, &path))
             .with_context(|| format!("writing {}", path.display()))
@@ -197,12 +219,17 @@ impl Agent {
 
     /// State of one pod, `none` when the agent does not speak of it.
     pub fn state(&self, pod: &Ns) -> Result<String> {
+        self.state_of(pod.name())
+    }
+
+    /// State of the pod of that UID, `none` when the agent does not speak of it.
+    pub fn state_of(&self, uid: &str) -> Result<String> {
         let status = self.status()?;
         let pods = status["pods"]
             .as_array()
             .map(Vec::as_slice)
             .unwrap_or_default();
-        let found = pods.iter().find(|p| p["uid"] == pod.name());
+        let found = pods.iter().find(|p| p["uid"] == uid);
         let state = found.and_then(|p| p["state"].as_str());
         Ok(state.unwrap_or("none").to_owned())
     }
