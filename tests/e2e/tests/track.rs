@@ -345,7 +345,7 @@ fn what_is_missing_is_found_and_named() {
 }
 
 #[test]
-fn looking_after_a_full_node_costs_next_to_nothing() {
+fn looking_after_a_full_node_is_quiet() {
     let lab = Lab::new("trackmany").unwrap();
     let node = load(&lab);
     let pods: Vec<Ns> = (0..250)
@@ -356,42 +356,43 @@ fn looking_after_a_full_node_costs_next_to_nothing() {
         .map(|pod| enrol(&lab, &node, pod, &pod::Policy::default()))
         .collect();
     let cookies: Vec<NetnsCookie> = enrolled.iter().map(|n| n.cookie()).collect();
-    let mut quickest = Duration::MAX;
-    for _ in 0..10 {
-        let started = Instant::now();
-        assert_eq!(verify::verify_quick(&node, &cookies).unwrap(), Vec::new());
-        quickest = quickest.min(started.elapsed());
-    }
-    eprintln!("verify_quick of 250 pods: {quickest:?}");
-    assert!(quickest < Duration::from_millis(20), "{quickest:?}");
+    assert_eq!(verify::verify_quick(&node, &cookies).unwrap(), Vec::new());
 
     let watching = Watching::start(&lab, &node);
     for netns in &enrolled {
         watching.tracker.watch(Arc::clone(netns));
     }
     watching.quiet("250 pods that are whole");
-    let spent = || {
-        let stat = std::fs::read_dir("/proc/self/task")
-            .unwrap()
+    // Tests run side by side in this process: this one's thread is in this lab's namespace, but for the moments in which
+    // it enters a pod's.
+    let inode = lab.node().inode().unwrap().to_string();
+    let mut thread = None;
+    culvert_e2e::eventually("the tracker's thread is seen", || {
+        thread = std::fs::read_dir("/proc/self/task")?
             .flatten()
             .map(|task| task.path())
             .find(|task| {
-                // Tests run side by side in this process: this one's thread is in this lab's namespace.
                 std::fs::read_to_string(task.join("comm")).is_ok_and(|c| c.trim() == "tracker")
-                    && std::fs::read_link(task.join("ns/net")).is_ok_and(|l| {
-                        l.to_string_lossy()
-                            .contains(&lab.node().inode().unwrap().to_string())
-                    })
-            })
-            .unwrap();
-        let schedstat = std::fs::read_to_string(stat.join("schedstat")).unwrap();
-        Duration::from_nanos(schedstat.split(' ').next().unwrap().parse().unwrap())
+                    && std::fs::read_link(task.join("ns/net"))
+                        .is_ok_and(|l| l.to_string_lossy().contains(&inode))
+            });
+        Ok(thread.is_some())
+    })
+    .unwrap();
+    let thread = thread.unwrap();
+    let wakes = || -> u64 {
+        let status = std::fs::read_to_string(thread.join("status")).unwrap();
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        line.unwrap().trim().parse().unwrap()
     };
-    let (before, since) = (spent(), Instant::now());
+    // What it costs is in the benchmark; here it counts that it sleeps, however many pods there are.
+    let before = wakes();
     std::thread::sleep(Duration::from_secs(8));
-    let share = (spent() - before).as_secs_f64() / since.elapsed().as_secs_f64();
-    eprintln!("tracker of 250 idle pods: {:.3} % of a core", share * 100.0);
-    assert!(share < 0.02, "{share}");
+    let woken = wakes() - before;
+    eprintln!("tracker of 250 idle pods: woken {woken} times in 8 s");
+    assert!(woken < 250, "{woken}");
 
     // Still awake: one of the many is answered at once.
     pods[137]
