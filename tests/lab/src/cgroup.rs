@@ -63,8 +63,14 @@ impl Cgroup {
     }
 }
 
-/// Ends foreign processes in a lab's cgroup, moves our own threads back to the root, and removes it.
+/// Ends foreign processes in a lab's cgroup and those below it, moves our own threads back to the root, and removes it.
 pub(crate) fn remove(dir: &Path) -> Result<()> {
+    // Its own are the test's to remove; a test that was killed did not.
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path())?;
+        }
+    }
     let started = Instant::now();
     loop {
         match fs::remove_dir(dir) {
@@ -91,7 +97,7 @@ fn evict(dir: &Path) {
         // Our own thread is visible below /proc/self/task; anything else was started by the lab.
         if Path::new(&format!("/proc/{}/task/{tid}", getpid())).exists() {
             if let Some(root) = dir.parent() {
-                // It may have ended meanwhile: the next round of `remove` tells.
+                // It may have ended meanwhile: the next round of `remove` tells. From a nested one it goes up by steps.
                 let _ended = fs::write(root.join("cgroup.threads"), tid.to_string());
             }
         } else {
