@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use culvert_ebpf::abi::programs;
+use culvert_ebpf::abi::{pod_flags, programs};
 use serde::Serialize;
 
 use super::{
@@ -70,7 +70,7 @@ pub struct Hooks {
 
 /// Attaches the programs if none are. The caller holds the lock.
 pub(super) fn ensure(node: &Node) -> Result<()> {
-    if attached(node) {
+    if missing(node).next().is_none() {
         return Ok(());
     }
     let attached = attach(node, true)?;
@@ -101,13 +101,27 @@ pub(super) fn check(node: &Node) -> Result<Vec<ProgramReport>> {
         .collect()
 }
 
-/// Are all of them pinned, at a cgroup that lives?
-fn attached(node: &Node) -> bool {
-    programs::DNS.iter().all(|(name, _)| {
+/// Does any pod have its lookups captured?
+pub(super) fn wanted(node: &Node) -> Result<bool> {
+    for cookie in node.maps().pods.keys()? {
+        if let Some(pod) = node.maps().pods.get(&cookie)?
+            && pod.flags & pod_flags::DNS != 0
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Which of them are not pinned, or not attached to a cgroup that lives.
+pub(super) fn missing(node: &Node) -> impl Iterator<Item = &'static str> {
+    let attached = |name: &str| {
         sys::obj_get(&node.pins().link(name))
             .and_then(|link| sys::cgroup_link_info(link.as_fd()))
             .is_ok_and(|info| info.target != 0)
-    })
+    };
+    let names = programs::DNS.into_iter().map(|(name, _)| name);
+    names.filter(move |name| !attached(name))
 }
 
 fn attach(node: &Node, current: bool) -> Result<Attached> {

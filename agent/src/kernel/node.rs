@@ -298,6 +298,27 @@ impl Node {
         Ok((node, report))
     }
 
+    /// Puts back what somebody took away of the node's programs. What another build put there and what runs is left
+    /// alone.
+    pub fn mend(&self) -> Result<()> {
+        let Some(cgroup) = &self.cgroup else {
+            return Ok(());
+        };
+        let _lock = self.lock()?;
+        self.place_steer(true)?;
+        for (name, kind) in [
+            (names::CONNECT, ATTACH_SOCK_OPS),
+            (names::SOCKOPT, ATTACH_SETSOCKOPT),
+            (names::VOUCH, ATTACH_SOCK_CREATE),
+        ] {
+            self.attach(name, kind, cgroup, true)?;
+        }
+        if dns::wanted(self)? {
+            dns::ensure(self)?;
+        }
+        Ok(())
+    }
+
     /// The maps.
     #[must_use]
     pub fn maps(&self) -> &Maps {

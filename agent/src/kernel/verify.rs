@@ -13,6 +13,7 @@ use culvert_ebpf::abi::{pod_flags, programs};
 use serde::Serialize;
 
 use super::{
+    dns,
     error::Result,
     netconf,
     netlink::Rtnetlink,
@@ -29,6 +30,8 @@ use crate::plan::netns::{self as plan, Observed, Step};
 pub enum Kind {
     /// A program of the node is not attached, or not in its place.
     Program,
+    /// A program for DNS over UDP is not attached, and a pod has them on.
+    Dns,
     /// The pod has no entry in `PODS`: nothing of it is captured.
     Entry,
     /// The pod's `culvert_enter` is not pinned, or not attached to its namespace.
@@ -116,6 +119,13 @@ pub fn verify_programs(node: &Node) -> Result<Vec<Problem>> {
     }
     if node.maps().steer.get(&0)?.is_none() {
         wrong(programs::STEER, "is not in its place: nothing is steered");
+    }
+    if dns::wanted(node)? {
+        problems.extend(dns::missing(node).map(|name| Problem {
+            cookie: None,
+            kind: Kind::Dns,
+            what: format!("{name} is not attached: lookups go past ztunnel"),
+        }));
     }
     Ok(problems)
 }

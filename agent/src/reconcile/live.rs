@@ -68,6 +68,25 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Live {
+    /// Says that programs of the node were missing and are back.
+    fn mended(&self, problems: &[verify::Problem]) {
+        if problems.is_empty() {
+            return;
+        }
+        let repairs = &self.metrics.repairs;
+        repairs.get_or_create(&By(RepairKind::NodePrograms)).inc();
+        let what: Vec<&str> = problems.iter().map(|p| p.what.as_str()).collect();
+        let note = format!("programs of the node were repaired: {}", what.join("; "));
+        tracing::warn!("{note}");
+        self.source.event(watch::Notice {
+            about: watch::About::Node,
+            kind: Kind::Warning,
+            reason: "CulvertRepaired",
+            action: "Repair",
+            note,
+        });
+    }
+
     fn wrote(&self, outcome: Outcome) {
         let writes = &self.metrics.annotation_writes;
         writes.get_or_create(&By(outcome)).inc();
@@ -317,17 +336,27 @@ impl World for Live {
         let node = Arc::clone(&self.node);
         let checked = blocking(move || {
             let cookies: Vec<_> = places.iter().map(|(_, p)| p.cookie()).collect();
-            let problems = verify::verify_quick(&node, &cookies)?;
-            let named = problems.into_iter().filter_map(|problem| {
-                let (uid, _) = places
-                    .iter()
-                    .find(|(_, p)| Some(p.cookie()) == problem.cookie)?;
-                Some((uid.clone(), problem.what))
+            let (of_pods, of_node): (Vec<_>, Vec<_>) = verify::verify_quick(&node, &cookies)?
+                .into_iter()
+                .partition(|problem| problem.cookie.is_some());
+            if !of_node.is_empty() {
+                node.mend()?;
+            }
+            let uncaptured = of_node.iter().find(|p| p.kind == verify::Kind::Program);
+            let named = places.into_iter().filter_map(|(uid, place)| {
+                let own = of_pods.iter().find(|p| p.cookie == Some(place.cookie()));
+                // Without the node's programs nothing of any pod was captured, and ztunnel's listeners were missed.
+                let problem = own.or(uncaptured)?;
+                Some((uid, problem.what.clone()))
             });
-            Ok(named.collect())
+            let named: Vec<_> = named.collect();
+            Ok((of_node, named))
         });
         match checked.await {
-            Ok(problems) => problems,
+            Ok((of_node, named)) => {
+                self.mended(&of_node);
+                named
+            }
             Err(failure) => {
                 tracing::warn!(%failure, "asking the kernel about captured pods");
                 Vec::new()

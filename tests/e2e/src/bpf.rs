@@ -21,6 +21,7 @@ const MAP_NEXT_ID: libc::c_int = 12;
 const PROG_FD_BY_ID: libc::c_int = 13;
 const MAP_FD_BY_ID: libc::c_int = 14;
 const INFO_BY_FD: libc::c_int = 15;
+const LINK_DETACH: libc::c_int = 34;
 
 /// Size of the attribute union as far as the calls here need it.
 const ATTR: usize = 64;
@@ -54,6 +55,15 @@ pub fn open_pin(path: &Path) -> Result<OwnedFd> {
     let mut attr = [0; ATTR];
     put(&mut attr, 0, &(name.as_ptr() as u64).to_ne_bytes());
     new_fd(OBJ_GET, &mut attr).with_context(|| format!("opening the pin {}", path.display()))
+}
+
+/// Detaches a pinned link by force; its pin stays.
+pub fn detach_link(path: &Path) -> Result<()> {
+    let link = open_pin(path)?;
+    let mut attr = [0; ATTR];
+    put(&mut attr, 0, &link.as_raw_fd().to_ne_bytes());
+    call(LINK_DETACH, &mut attr).with_context(|| format!("detaching {}", path.display()))?;
+    Ok(())
 }
 
 fn info(fd: &OwnedFd) -> Result<[u8; INFO]> {
