@@ -8,6 +8,7 @@ pub mod cni;
 pub mod dns;
 pub mod governed;
 pub mod killing;
+pub mod load;
 pub mod picture;
 pub mod runtime;
 pub mod traffic;

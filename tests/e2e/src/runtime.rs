@@ -3,6 +3,8 @@
 //!
 //! Asserts nothing; what a pod does in its sandbox is up to the test.
 
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -10,6 +12,7 @@ use culvert_lab::{Lab, Ns, plugin_binary};
 use serde_json::{Value, json};
 
 use crate::{
+    LONG,
     cni::{Attachment, DEBIAN_PLUGINS, Network},
     governed::{Governed, NAMESPACE},
 };
@@ -18,6 +21,8 @@ use crate::{
 const IFNAME: &str = "eth0";
 /// The bridge they are joined to on the node, which routes between it and the lab's own.
 pub const BRIDGE: &str = "cni0";
+/// What a pod says first of all, and what must not be seen on the wire.
+pub const FIRST_WORDS: &[u8] = b"the first words of a pod";
 
 /// The network that pods are added to.
 #[derive(Debug)]
@@ -118,7 +123,8 @@ impl Sandbox {
         (&self.container, IFNAME)
     }
 
-    fn attachment(&self) -> Attachment<'_> {
+    /// As the runtime hands it to plugins.
+    pub fn attachment(&self) -> Attachment<'_> {
         Attachment {
             container: &self.container,
             netns: Some(self.ns.path()),
@@ -126,6 +132,18 @@ impl Sandbox {
             args: &self.args,
         }
     }
+}
+
+/// The first thing a pod does: connect, and say [`FIRST_WORDS`].
+pub fn first_act(pod: &Ns, to: SocketAddr) -> Result<()> {
+    pod.run(|| {
+        let mut stream = TcpStream::connect_timeout(&to, LONG)?;
+        stream.set_read_timeout(Some(LONG))?;
+        stream.write_all(FIRST_WORDS)?;
+        let mut answer = vec![0; FIRST_WORDS.len()];
+        stream.read_exact(&mut answer)
+    })
+    .with_context(|| format!("{} to {to}", pod.name()))
 }
 
 fn plugin(node: &Governed, budget_seconds: u64) -> Value {

@@ -1,34 +1,18 @@
 //! The real plugin, the real agent and a ztunnel: a pod of the mesh is safe before its first instruction, and what the
 //! runtime asks later is answered by what is so.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_e2e::cni::PluginError;
+use culvert_e2e::eventually;
 use culvert_e2e::governed::Governed;
-use culvert_e2e::runtime::{Runtime, Sandbox};
-use culvert_e2e::{LONG, eventually};
+use culvert_e2e::runtime::{FIRST_WORDS, Runtime, Sandbox, first_act};
 use culvert_lab::{Capture, Family, Ns, Rule, Server};
 use serde_json::{Value, json};
 
-/// What a pod says first of all.
-const SECRET: &[u8] = b"the first words of a pod";
 /// How long the plugin may take.
 const BUDGET: u64 = 20;
-
-/// The first thing the pod does: connect, and say it.
-fn first_act(pod: &Ns, to: SocketAddr) -> Result<()> {
-    pod.run(|| {
-        let mut stream = TcpStream::connect_timeout(&to, LONG)?;
-        stream.set_read_timeout(Some(LONG))?;
-        stream.write_all(SECRET)?;
-        let mut answer = vec![0; SECRET.len()];
-        stream.read_exact(&mut answer)
-    })
-    .with_context(|| format!("{} to {to}", pod.name()))
-}
 
 fn refused(result: Result<impl Sized>) -> Result<Value> {
     let error = result.err().context("the plugin agreed")?;
@@ -81,7 +65,11 @@ fn a_pod_is_safe_before_its_first_instruction() -> Result<()> {
             .collect::<Result<Vec<_>>>()
     })?;
     sandboxes.extend(together);
-    ensure!(!wire.contains(SECRET)?, "plaintext:\n{}", wire.describe());
+    ensure!(
+        !wire.contains(FIRST_WORDS)?,
+        "plaintext:\n{}",
+        wire.describe()
+    );
     for n in 0..6 {
         let stats = node.ztunnel()?.pod_stats(&format!("one-{n}"))?;
         ensure!(stats["outbound_accepts"] == 2, "{stats}");
@@ -93,7 +81,7 @@ fn a_pod_is_safe_before_its_first_instruction() -> Result<()> {
     let plain = Sandbox::around(ns, "c-plain", "plain", "plain");
     runtime.add(&node, &plain)?;
     first_act(&plain.ns, servers[0].addr())?;
-    ensure!(wire.contains(SECRET)?, "the capture sees nothing");
+    ensure!(wire.contains(FIRST_WORDS)?, "the capture sees nothing");
 
     // And all of it goes again.
     for sandbox in sandboxes {
@@ -194,7 +182,11 @@ fn the_same_sandbox_can_be_added_again_at_once() -> Result<()> {
         first_act(&sandbox.ns, echo.addr())?;
         runtime.del(&node, &sandbox)?;
     }
-    ensure!(!wire.contains(SECRET)?, "plaintext:\n{}", wire.describe());
+    ensure!(
+        !wire.contains(FIRST_WORDS)?,
+        "plaintext:\n{}",
+        wire.describe()
+    );
     Ok(())
 }
 
@@ -216,7 +208,11 @@ fn a_sandbox_made_anew_under_the_same_uid_takes_over() -> Result<()> {
     runtime.remove(&node, first)?;
     runtime.check(&node, &second, &result)?;
     first_act(&second.ns, echo.addr())?;
-    ensure!(!wire.contains(SECRET)?, "plaintext:\n{}", wire.describe());
+    ensure!(
+        !wire.contains(FIRST_WORDS)?,
+        "plaintext:\n{}",
+        wire.describe()
+    );
     runtime.remove(&node, second)?;
     eventually("only the server is left", || Ok(enrolled(&node)? == 1))
 }

@@ -30,6 +30,7 @@ pub struct Agent {
 pub struct AgentOptions {
     place: PathBuf,
     args: Vec<String>,
+    binary: Option<PathBuf>,
 }
 
 impl AgentOptions {
@@ -38,7 +39,14 @@ impl AgentOptions {
         Self {
             place: lab.scratch().join("agent"),
             args: Vec::new(),
+            binary: None,
         }
+    }
+
+    /// Another binary than the one that is tested; none for that one.
+    pub fn binary(mut self, binary: Option<PathBuf>) -> Self {
+        self.binary = binary;
+        self
     }
 
     /// A further argument of its command line.
@@ -168,13 +176,11 @@ impl AgentOptions {
         }
         args.push("--cni-install=false");
         args.extend(self.args.iter().map(String::as_str));
-        let process = Child::start(
-            lab.node(),
-            Place::Machine,
-            None,
-            Creds::Root,
-            lab.culvert_command(&args)?,
-        )?;
+        let command = match &self.binary {
+            Some(binary) => lab.command_of(binary, &args),
+            None => lab.culvert_command(&args)?,
+        };
+        let process = Child::start(lab.node(), Place::Machine, None, Creds::Root, command)?;
         Ok(Agent {
             process,
             place: self.place.clone(),
