@@ -6,7 +6,7 @@
 use crate::addr::Addr;
 
 /// Version of everything in this file. Stored in [`Config`]; checked before any pin is reused.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Socket marks. Compared under [`mark::MASK`]: the other bits belong to whoever set them.
 pub mod mark {
@@ -101,10 +101,12 @@ pub mod maps {
     pub const PROBE_COUNTS: &str = "PROBE_COUNTS";
     /// [`PodAddr`](super::PodAddr) to nothing: the resolvers whose lookups are captured, where not all are.
     pub const RESOLVERS: &str = "RESOLVERS";
-    /// Socket storage: [`Asked`](super::Asked), on datagram sockets whose lookups went to ztunnel.
+    /// [`UsualKey`](super::UsualKey) to [`Addr`](crate::addr::Addr): the resolver a pod asked first.
+    pub const USUAL_RESOLVERS: &str = "USUAL_RESOLVERS";
+    /// Socket storage: [`Asked`](super::Asked), on datagram sockets that asked another than the pod's usual resolver.
     pub const ASKED: &str = "ASKED";
     /// All of them, in the order they are created.
-    pub const ALL: [&str; 23] = [
+    pub const ALL: [&str; 24] = [
         CONFIG,
         PODS,
         POD_ADDRS,
@@ -127,6 +129,7 @@ pub mod maps {
         PID_NAMESPACES,
         PROBE_COUNTS,
         RESOLVERS,
+        USUAL_RESOLVERS,
         ASKED,
     ];
 }
@@ -155,6 +158,8 @@ pub mod programs {
         ("culvert_dns_connect4", 10),
         ("culvert_dns_connect6", 11),
     ];
+    /// Those of them that send queries elsewhere.
+    pub const DNS_QUERIES: [&str; 4] = [DNS[4].0, DNS[5].0, DNS[6].0, DNS[7].0];
 }
 
 /// Stands in `culvert_enter`'s instructions for the pod's netns cookie, which sk_lookup programs cannot
@@ -436,11 +441,22 @@ pub struct Counters {
 }
 const _: () = assert!(size_of::<Counters>() == 384);
 
+/// Key of `USUAL_RESOLVERS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct UsualKey {
+    /// Netns cookie.
+    pub cookie: u64,
+    /// 4 or 6, the version of IP.
+    pub family: u64,
+}
+const _: () = assert!(size_of::<UsualKey>() == 16);
+
 /// Resolvers that are told apart on one socket; more than a `resolv.conf` may name.
 pub const ASKED_SLOTS: usize = 8;
 
-/// Which resolvers a datagram socket asked when ztunnel was asked in their place. The rules are in
-/// [`dns`](crate::dns).
+/// Which resolvers a datagram socket asked when ztunnel was asked in their place; only on those that asked another than
+/// the pod's usual one. The rules are in [`dns`](crate::dns).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Asked {

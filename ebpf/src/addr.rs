@@ -15,6 +15,9 @@ pub struct Addr {
 const MAPPED: u32 = 0x0000_ffff_u32.to_be();
 
 impl Addr {
+    /// `::`, which stands for no address at all.
+    pub const UNSPECIFIED: Self = Self { words: [0; 4] };
+
     /// From an IPv4 address whose bytes are in network order in memory.
     #[inline(always)]
     #[must_use]

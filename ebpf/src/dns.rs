@@ -1,13 +1,14 @@
 //! Lookups over UDP: which of them ztunnel answers, and how an answer finds the resolver it stands for.
 //!
-//! ztunnel listens on one loopback address of each family and answers from there, whoever was asked. A socket that asks
-//! one resolver needs no more than its address remembered. One that asks several (musl's, a forwarder's) must be told
+//! ztunnel listens on one loopback address of each family and answers from there, whoever was asked. Most sockets ask the
+//! resolver that their pod asked first and need no memory of their own: an answer to a socket without one is that
+//! resolver's. A socket that asks another remembers whom. One that asks several (musl's, a forwarder's) must be told
 //! whose answer it has: from the second resolver on, the query's source address says which slot of [`Asked`] it is
 //! ([`stand_in`]), ztunnel's answer goes back to that address, and is given it as its own source on the way.
 //!
 //! Pure functions; `lookup.rs` reads the context and the maps for them.
 
-use crate::abi::{ASKED_SLOTS, Asked, port};
+use crate::abi::{ASKED_SLOTS, Asked};
 use crate::addr::Addr;
 use crate::decide::Verdict;
 
@@ -48,6 +49,8 @@ pub trait LookupFacts {
     fn is_ztunnel(&self) -> bool;
     /// The socket's own port is 53: it belongs to a resolver, which answers.
     fn serves(&self) -> bool;
+    /// The socket is connected, and not to ztunnel: it takes nobody's answers but its peer's.
+    fn has_another_peer(&self) -> bool;
     /// The pod is a resolver itself, and asks itself.
     fn resolver_is_own(&self) -> bool;
     /// The socket is bound to a device: it cannot reach ztunnel, which listens on loopback.
@@ -70,6 +73,7 @@ pub fn lookup(resolver: &Addr, facts: &impl LookupFacts) -> Lookup {
     if near
         || facts.serves()
         || facts.bound_to_device()
+        || facts.has_another_peer()
         || !facts.captures()
         || facts.resolver_is_own()
         || facts.resolver_is_excluded()
@@ -94,15 +98,46 @@ pub const fn listener(v4: bool) -> Addr {
     }
 }
 
+/// The address that a socket takes datagrams at, as far as its answers can be told apart there.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// Any of the namespace's.
+    Any,
+    /// It is bound to the address that the pod's lookups come from.
+    Source,
+}
+
+impl Reach {
+    /// Of a socket bound to this address, in a pod whose lookups come from `source`; none for one bound to another.
+    #[inline(always)]
+    #[must_use]
+    pub fn of(bound: &Addr, source: &Addr) -> Option<Self> {
+        if bound.is_unspecified() {
+            Some(Self::Any)
+        } else if bound == source {
+            Some(Self::Source)
+        } else {
+            None
+        }
+    }
+}
+
 /// 127.53.0.0, to which a slot's number is added.
 const STAND_IN: u32 = 0x7f35_0000;
+/// Added for [`Reach::Source`].
+const TO_SOURCE: u32 = 0x100;
 
-/// The address that stands for a slot, as the source of its queries and of their answers: 127.53.0.N, and ::127.53.0.N
-/// in IPv6, where the rule for it is.
+/// The address that stands for a slot, as the source of its queries and of their answers: 127.53.0.N, or 127.53.1.N for
+/// a socket bound to the pod's address; in IPv6 the same behind `::`, which no host has.
 #[inline(always)]
 #[must_use]
-pub const fn stand_in(v4: bool, slot: usize) -> Addr {
-    let word = (STAND_IN | (slot as u32 & 0xff)).to_be();
+pub const fn stand_in(v4: bool, reach: Reach, slot: usize) -> Addr {
+    let reach = match reach {
+        Reach::Any => 0,
+        Reach::Source => TO_SOURCE,
+    };
+    let word = (STAND_IN | reach | (slot as u32 & 0xff)).to_be();
     if v4 {
         Addr::v4(word)
     } else {
@@ -110,23 +145,41 @@ pub const fn stand_in(v4: bool, slot: usize) -> Addr {
     }
 }
 
-/// Is it one of [`stand_in`]'s?
+/// The reach and slot that an address stands for, if it is one of [`stand_in`]'s.
 #[inline(always)]
 #[must_use]
-pub const fn is_stand_in(addr: &Addr) -> bool {
-    (addr.is_v4() || addr.words[0] == 0 && addr.words[1] == 0 && addr.words[2] == 0)
-        && u32::from_be(addr.words[3]) & 0xffff_ff00 == STAND_IN
+pub const fn stands_for(addr: &Addr) -> Option<(Reach, usize)> {
+    let ours = addr.is_v4() || addr.words[0] == 0 && addr.words[1] == 0 && addr.words[2] == 0;
+    let word = u32::from_be(addr.words[3]);
+    if !ours || word & 0xffff_fe00 != STAND_IN {
+        return None;
+    }
+    let reach = if word & TO_SOURCE == 0 {
+        Reach::Any
+    } else {
+        Reach::Source
+    };
+    Some((reach, (word & 0xff) as usize))
+}
+
+/// Where an answer to a stand-in is delivered.
+#[inline(always)]
+#[must_use]
+pub fn delivered_to(stand_in: &Addr, reach: Reach, source: &Addr) -> Addr {
+    match reach {
+        Reach::Source => *source,
+        // All of 127.0.0.0/8 is local; of IPv6 but one address is.
+        Reach::Any if stand_in.is_v4() => *stand_in,
+        Reach::Any => listener(false),
+    }
 }
 
 /// The slot of which an answer is, if ztunnel could have sent it.
 #[inline(always)]
 #[must_use]
-pub fn slot_of(from: &Addr, from_port: u16) -> Option<usize> {
-    if from_port != port::DNS {
-        return None;
-    }
-    if is_stand_in(from) {
-        return Some((u32::from_be(from.words[3]) & 0xff) as usize);
+pub fn slot_of(from: &Addr) -> Option<usize> {
+    if let Some((_, slot)) = stands_for(from) {
+        return Some(slot);
     }
     if *from == listener(true) || *from == listener(false) {
         return Some(0);
@@ -135,7 +188,14 @@ pub fn slot_of(from: &Addr, from_port: u16) -> Option<usize> {
 }
 
 impl Asked {
-    /// Remembers the only resolver of a socket, or the last one where answers cannot be told apart.
+    /// Remembers the resolver of a socket that asks no other.
+    #[inline(always)]
+    pub fn alone(&mut self, resolver: &Addr) {
+        self.resolvers[0] = *resolver;
+        self.count = 1;
+    }
+
+    /// Remembers the resolver asked last, of a socket whose answers cannot be told apart.
     #[inline(always)]
     pub fn only(&mut self, resolver: &Addr) {
         self.resolvers[0] = *resolver;
@@ -144,9 +204,13 @@ impl Asked {
         }
     }
 
-    /// Remembers one of several resolvers and returns its slot; with all in use the oldest but the first gives way.
+    /// Remembers one of several resolvers and returns its slot; with all in use the oldest but the first gives way. The
+    /// first of a socket that remembered none is its pod's usual one: the socket may have asked that before.
     #[inline(always)]
-    pub fn one_of(&mut self, resolver: &Addr) -> usize {
+    pub fn one_of(&mut self, usual: &Addr, resolver: &Addr) -> usize {
+        if self.count == 0 {
+            self.alone(usual);
+        }
         for (slot, known) in self.resolvers.iter_mut().enumerate() {
             if slot as u32 >= self.count {
                 self.count = slot as u32 + 1;

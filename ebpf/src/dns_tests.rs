@@ -1,7 +1,7 @@
 //! Unit tests of the decision on lookups and of what a socket remembers.
 
 use core::net::IpAddr;
-use std::{vec, vec::Vec};
+use std::{string::ToString as _, vec, vec::Vec};
 
 use super::*;
 
@@ -12,6 +12,7 @@ struct Answers {
     ztunnel: bool,
     serves: bool,
     bound: bool,
+    peer: bool,
     own: bool,
     excluded: bool,
     off: bool,
@@ -27,6 +28,9 @@ impl LookupFacts for Answers {
     }
     fn bound_to_device(&self) -> bool {
         self.bound
+    }
+    fn has_another_peer(&self) -> bool {
+        self.peer
     }
     fn resolver_is_own(&self) -> bool {
         self.own
@@ -48,7 +52,7 @@ fn addr(text: &str) -> Addr {
 
 /// Every combination of facts.
 fn all() -> Vec<Answers> {
-    (0..128_u8)
+    (0..=255_u8)
         .map(|n| Answers {
             ztunnel: n & 1 != 0,
             serves: n & 2 != 0,
@@ -57,6 +61,7 @@ fn all() -> Vec<Answers> {
             off: n & 16 != 0,
             away: n & 32 != 0,
             bound: n & 64 != 0,
+            peer: n & 128 != 0,
         })
         .collect()
 }
@@ -81,7 +86,7 @@ fn the_table_in_all_its_cases() {
             ("223.255.255.255", false),
             ("240.0.0.1", false),
         ] {
-            let left = near || f.serves || f.bound || f.own || f.excluded || f.off;
+            let left = near || f.serves || f.bound || f.peer || f.own || f.excluded || f.off;
             let wanted = match (f.ztunnel, left, f.away) {
                 (true, _, _) => Lookup::Ztunnel,
                 (false, true, _) => Lookup::Left,
@@ -112,24 +117,44 @@ fn each_verdict_has_a_number_of_its_own() {
 
 #[test]
 fn a_slot_is_found_again_from_the_address_that_stands_for_it() {
-    for v4 in [true, false] {
-        assert_eq!(slot_of(&listener(v4), 15053), Some(0));
-        assert_eq!(slot_of(&listener(v4), 53), None);
-        assert!(!is_stand_in(&listener(v4)));
-        for slot in 1..ASKED_SLOTS {
-            let stand_in = stand_in(v4, slot);
+    let own = [addr("10.0.0.5"), addr("fd00::5")];
+    for (v4, own) in [true, false].into_iter().zip(own) {
+        assert_eq!(slot_of(&listener(v4)), Some(0));
+        assert_eq!(stands_for(&listener(v4)), None);
+        for (reach, slot) in [Reach::Any, Reach::Source]
+            .into_iter()
+            .flat_map(|reach| (1..ASKED_SLOTS).map(move |slot| (reach, slot)))
+        {
+            let stand_in = stand_in(v4, reach, slot);
             assert_eq!(stand_in.is_v4(), v4);
-            assert!(is_stand_in(&stand_in));
-            assert_eq!(slot_of(&stand_in, 15053), Some(slot));
+            assert_eq!(stands_for(&stand_in), Some((reach, slot)));
+            assert_eq!(slot_of(&stand_in), Some(slot));
+            let near = delivered_to(&stand_in, reach, &own);
+            match reach {
+                Reach::Source => assert_eq!(near, own),
+                // An address that is local by itself.
+                Reach::Any => assert!(near.is_loopback()),
+            }
         }
     }
-    assert_eq!(
-        IpAddr::from(stand_in(true, 3)),
-        "127.53.0.3".parse::<IpAddr>().unwrap()
-    );
-    for other in ["10.0.0.1", "127.0.0.2", "127.53.1.1", "::2", "fd00::7f35:1"] {
-        assert_eq!(slot_of(&addr(other), 15053), None, "{other}");
+    let text = |reach| IpAddr::from(stand_in(true, reach, 3)).to_string();
+    assert_eq!(text(Reach::Any), "127.53.0.3");
+    assert_eq!(text(Reach::Source), "127.53.1.3");
+    for other in ["10.0.0.1", "127.0.0.2", "127.53.2.1", "::2", "fd00::7f35:1"] {
+        assert_eq!(slot_of(&addr(other)), None, "{other}");
     }
+}
+
+#[test]
+fn answers_reach_sockets_bound_to_nothing_or_to_the_pods_address() {
+    let source = addr("10.0.0.5");
+    for any in ["::", "0.0.0.0"] {
+        assert_eq!(Reach::of(&addr(any), &source), Some(Reach::Any));
+        assert_eq!(Reach::of(&addr(any), &addr("::")), Some(Reach::Any));
+    }
+    assert_eq!(Reach::of(&source, &source), Some(Reach::Source));
+    assert_eq!(Reach::of(&addr("10.0.0.6"), &source), None);
+    assert_eq!(Reach::of(&source, &addr("::")), None);
 }
 
 fn nothing() -> Asked {
@@ -150,10 +175,12 @@ fn resolvers_keep_their_slots_and_the_oldest_but_the_first_gives_way() {
     assert_eq!(asked.resolver(0), None);
     for round in 0..2 {
         for n in 0..ASKED_SLOTS {
-            assert_eq!(asked.one_of(&resolver(n as u32)), n, "round {round}");
+            assert_eq!(asked.one_of(&resolver(0), &resolver(n as u32)), n, "round {round}");
         }
     }
-    let slots: Vec<usize> = (100..109).map(|n| asked.one_of(&resolver(n))).collect();
+    let slots: Vec<usize> = (100..109)
+        .map(|n| asked.one_of(&resolver(0), &resolver(n)))
+        .collect();
     assert_eq!(slots, vec![1, 2, 3, 4, 5, 6, 7, 1, 2]);
     assert_eq!(asked.resolver(0), Some(resolver(0)));
     assert_eq!(asked.resolver(1), Some(resolver(107)));
@@ -167,10 +194,19 @@ fn where_answers_cannot_be_told_apart_the_last_resolver_counts() {
     asked.only(&resolver(1));
     asked.only(&resolver(2));
     assert_eq!((asked.resolver(0), asked.count), (Some(resolver(2)), 1));
-    assert_eq!(asked.one_of(&resolver(3)), 1);
+    assert_eq!(asked.one_of(&resolver(9), &resolver(3)), 1);
     asked.only(&resolver(4));
     assert_eq!(
         (asked.resolver(0), asked.resolver(1)),
         (Some(resolver(4)), Some(resolver(3)))
     );
+}
+
+#[test]
+fn a_socket_that_remembered_nothing_may_have_asked_the_usual_resolver() {
+    let mut asked = nothing();
+    assert_eq!(asked.one_of(&resolver(1), &resolver(2)), 1);
+    assert_eq!(asked.one_of(&resolver(1), &resolver(1)), 0);
+    asked.alone(&resolver(3));
+    assert_eq!((asked.resolver(0), asked.resolver(1)), (Some(resolver(3)), None));
 }

@@ -8,23 +8,24 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sock_addr, bpf_sock_tuple},
+    bindings::{BPF_NOEXIST, bpf_sock, bpf_sock_addr, bpf_sock_tuple},
     helpers::{bpf_bind, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_storage_get},
 };
 use culvert_ebpf::{
-    abi::{Asked, FourTuple, Pod, mark, pod_flags, port},
+    abi::{Asked, FourTuple, Pod, UsualKey, mark, pod_flags, port},
     addr::Addr,
     decide::Verdict,
-    dns::{self, Lookup, LookupFacts},
+    dns::{self, Lookup, LookupFacts, Reach},
 };
 
 use crate::{
     kernel::{
         AF_INET, captures_dns, cidr_excluded, field, is_own, netns_cookie, port_excluded,
-        set_field, ztunnel_storage,
+        ztunnel_storage,
     },
     maps,
-    report::{count, decided},
+    report::{count, decided_by},
+    sockaddr::{bound_to, peer, peer_port, set_peer, set_source, socket},
 };
 
 const IPPROTO_UDP: u32 = 17;
@@ -33,70 +34,9 @@ const AF_INET6: u32 = 10;
 const TCP_ESTABLISHED: u32 = 1;
 const F_CREATE: u64 = 1;
 
-/// The peer's address as the hook sees it. Hooks of each family may read their own fields only.
 #[inline(always)]
-fn peer<const V6: bool>(ctx: *mut bpf_sock_addr) -> Addr {
-    if V6 {
-        Addr::v6([
-            field!(bpf_sock_addr, ctx, user_ip6, 0),
-            field!(bpf_sock_addr, ctx, user_ip6, 4),
-            field!(bpf_sock_addr, ctx, user_ip6, 8),
-            field!(bpf_sock_addr, ctx, user_ip6, 12),
-        ])
-    } else {
-        Addr::v4(field!(bpf_sock_addr, ctx, user_ip4))
-    }
-}
-
-#[inline(always)]
-fn peer_port(ctx: *mut bpf_sock_addr) -> u16 {
-    u16::from_be(field!(bpf_sock_addr, ctx, user_port) as u16)
-}
-
-#[inline(always)]
-fn set_peer<const V6: bool>(ctx: *mut bpf_sock_addr, addr: &Addr, port: u16) {
-    if V6 {
-        set_field!(bpf_sock_addr, ctx, user_ip6, 0, addr.words[0]);
-        set_field!(bpf_sock_addr, ctx, user_ip6, 4, addr.words[1]);
-        set_field!(bpf_sock_addr, ctx, user_ip6, 8, addr.words[2]);
-        set_field!(bpf_sock_addr, ctx, user_ip6, 12, addr.words[3]);
-    } else {
-        set_field!(bpf_sock_addr, ctx, user_ip4, 0, addr.words[3]);
-    }
-    set_field!(bpf_sock_addr, ctx, user_port, 0, u32::from(port.to_be()));
-}
-
-/// The source a datagram is to have; unspecified while the kernel is to choose it. Only in `sendmsg` hooks.
-#[inline(always)]
-fn source_is_open<const V6: bool>(ctx: *mut bpf_sock_addr) -> bool {
-    if V6 {
-        field!(bpf_sock_addr, ctx, msg_src_ip6, 0)
-            | field!(bpf_sock_addr, ctx, msg_src_ip6, 4)
-            | field!(bpf_sock_addr, ctx, msg_src_ip6, 8)
-            | field!(bpf_sock_addr, ctx, msg_src_ip6, 12)
-            == 0
-    } else {
-        field!(bpf_sock_addr, ctx, msg_src_ip4) == 0
-    }
-}
-
-#[inline(always)]
-fn set_source<const V6: bool>(ctx: *mut bpf_sock_addr, addr: &Addr) {
-    if V6 {
-        set_field!(bpf_sock_addr, ctx, msg_src_ip6, 0, addr.words[0]);
-        set_field!(bpf_sock_addr, ctx, msg_src_ip6, 4, addr.words[1]);
-        set_field!(bpf_sock_addr, ctx, msg_src_ip6, 8, addr.words[2]);
-        set_field!(bpf_sock_addr, ctx, msg_src_ip6, 12, addr.words[3]);
-    } else {
-        set_field!(bpf_sock_addr, ctx, msg_src_ip4, 0, addr.words[3]);
-    }
-}
-
-/// The socket; never null in these hooks.
-#[inline(always)]
-fn socket(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
-    // SAFETY: one load of a context field, which the verifier checks.
-    unsafe { (*ctx).__bindgen_anon_1.sk }
+fn connected(sk: *mut bpf_sock) -> bool {
+    field!(bpf_sock, sk, state) == TCP_ESTABLISHED
 }
 
 /// What the socket remembers; with `create`, from now on.
@@ -116,6 +56,8 @@ struct Facts<'a> {
     cookie: u64,
     pod: &'a Pod,
     resolver: Addr,
+    /// A peer that the socket has stays.
+    keeps_peer: bool,
 }
 
 impl LookupFacts for Facts<'_> {
@@ -139,6 +81,15 @@ impl LookupFacts for Facts<'_> {
     #[inline(always)]
     fn bound_to_device(&self) -> bool {
         field!(bpf_sock, self.sk, bound_dev_if) != 0
+    }
+
+    #[inline(always)]
+    fn has_another_peer(&self) -> bool {
+        self.keeps_peer && connected(self.sk) && {
+            // Network byte order in the lower half.
+            let port = field!(bpf_sock, self.sk, dst_port) as u16;
+            u16::from_be(port) != port::DNS
+        }
     }
 
     #[inline(always)]
@@ -203,53 +154,119 @@ fn ztunnel_listens(ctx: *mut bpf_sock_addr, v4: bool, named: bool) -> bool {
     known
 }
 
-/// Decides and reports.
-#[inline(always)]
-fn decide<'a>(
-    ctx: *mut bpf_sock_addr,
-    sk: *mut bpf_sock,
+/// A query that goes to ztunnel.
+struct Captured<'a> {
+    cookie: u64,
+    pod: &'a Pod,
     resolver: Addr,
-) -> Option<(Lookup, &'a Pod)> {
-    let cookie = netns_cookie(ctx);
+    v4: bool,
+}
+
+impl Captured<'_> {
+    /// The pod's address that its lookups come from; unspecified where the routes choose.
+    #[inline(always)]
+    fn source(&self) -> Addr {
+        source(self.pod, self.v4)
+    }
+
+    /// The pod's usual resolver: the one it asked first, this one if it has asked none.
+    #[inline(always)]
+    fn usual(&self) -> Option<Addr> {
+        let known = usual(self.cookie, self.v4);
+        if known.is_some() {
+            return known;
+        }
+        let made = maps::USUAL_RESOLVERS.insert(
+            usual_key(self.cookie, self.v4),
+            self.resolver,
+            BPF_NOEXIST.into(),
+        );
+        // Another socket may have been first just now; then that one's is read the next time.
+        made.ok().map(|()| self.resolver)
+    }
+}
+
+#[inline(always)]
+fn usual_key(cookie: u64, v4: bool) -> UsualKey {
+    let family = if v4 { 4 } else { 6 };
+    UsualKey { cookie, family }
+}
+
+#[inline(always)]
+fn usual(cookie: u64, v4: bool) -> Option<Addr> {
+    // SAFETY: written once, before anybody can find it.
+    unsafe { maps::USUAL_RESOLVERS.get(usual_key(cookie, v4)) }.copied()
+}
+
+#[inline(always)]
+fn source(pod: &Pod, v4: bool) -> Addr {
+    let [source4, source6] = &pod.lookup_sources;
+    if v4 { *source4 } else { *source6 }
+}
+
+/// The pod, if its lookups are captured.
+#[inline(always)]
+fn pod_with_capture<'a>(cookie: u64) -> Option<&'a Pod> {
     // SAFETY: entries are replaced whole; each field stands alone.
     let pod = unsafe { maps::PODS.get(cookie) }?;
     if pod.flags & pod_flags::DNS == 0 {
         return None;
     }
+    Some(pod)
+}
+
+/// Decides and reports.
+#[inline(always)]
+fn captured<'a>(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    resolver: Addr,
+    keeps_peer: bool,
+) -> Option<Captured<'a>> {
+    let cookie = netns_cookie(ctx);
+    let pod = pod_with_capture(cookie)?;
     let facts = Facts {
         ctx,
         sk,
         cookie,
         pod,
         resolver,
+        keeps_peer,
     };
     let lookup = dns::lookup(&resolver, &facts);
     let v4 = resolver.is_v4();
-    let tuple = FourTuple {
-        src: if v4 {
-            Addr::v4(field!(bpf_sock, sk, src_ip4))
-        } else {
-            Addr::v6([
-                field!(bpf_sock, sk, src_ip6, 0),
-                field!(bpf_sock, sk, src_ip6, 4),
-                field!(bpf_sock, sk, src_ip6, 8),
-                field!(bpf_sock, sk, src_ip6, 12),
-            ])
-        },
+    let client = || FourTuple {
+        src: bound_to(sk, v4),
         dst: resolver,
         src_port: field!(bpf_sock, sk, src_port) as u16,
         dst_port: port::DOMAIN,
     };
-    decided(cookie, lookup.verdict(v4), &tuple, 0);
-    Some((lookup, pod))
+    decided_by(cookie, lookup.verdict(v4), client, 0);
+    if lookup != Lookup::Captured {
+        return None;
+    }
+    Some(Captured {
+        cookie,
+        pod,
+        resolver,
+        v4,
+    })
+}
+
+/// Somebody talks to ztunnel under its own name: no answer to that socket is to be renamed.
+#[inline(always)]
+fn asks_ztunnel_itself(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock) {
+    if pod_with_capture(netns_cookie(ctx)).is_some()
+        && let Some(asked) = asked(sk, true)
+    {
+        asked.count = 0;
+    }
 }
 
 /// Gives a socket that has neither address nor port the source it would have got without us. Left to the routes it
 /// would be a loopback address, which stays when the socket connects again, and leads nowhere from there.
 #[inline(always)]
-fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, pod: &Pod, v4: bool) {
-    let [source4, source6] = &pod.lookup_sources;
-    let source = if v4 { source4 } else { source6 };
+fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, source: Addr) {
     if field!(bpf_sock, sk, src_port) != 0 || source.is_unspecified() {
         return;
     }
@@ -270,29 +287,30 @@ fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, pod: 
 /// `connect()` of a datagram socket.
 #[inline(always)]
 pub fn connect<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
+    let to_port = peer_port(ctx);
+    if to_port != port::DOMAIN && to_port != port::DNS {
+        return 1;
+    }
     if field!(bpf_sock_addr, ctx, protocol) != IPPROTO_UDP {
         return 1;
     }
-    let to_port = peer_port(ctx);
-    if to_port != port::DOMAIN {
-        if to_port == port::DNS {
-            // Somebody talks to ztunnel under its own name: no answer is to be renamed.
-            if let Some(asked) = asked(socket(ctx), false) {
-                asked.count = 0;
-            }
-        }
+    let sk = socket(ctx);
+    if to_port == port::DNS {
+        asks_ztunnel_itself(ctx, sk);
         return 1;
     }
-    let sk = socket(ctx);
-    let resolver = peer::<V6>(ctx);
-    if let Some((Lookup::Captured, pod)) = decide(ctx, sk, resolver)
-        && let Some(asked) = asked(sk, true)
-    {
-        keep_source::<V6>(ctx, sk, pod, resolver.is_v4());
-        asked.count = 0;
-        asked.only(&resolver);
-        set_peer::<V6>(ctx, &dns::listener(resolver.is_v4()), port::DNS);
+    let Some(query) = captured(ctx, sk, peer::<V6>(ctx), false) else {
+        return 1;
+    };
+    let usual = query.usual() == Some(query.resolver);
+    match asked(sk, !usual) {
+        Some(asked) => asked.alone(&query.resolver),
+        None if usual => {}
+        // No memory to remember it in: whoever is asked answers.
+        None => return 1,
     }
+    keep_source::<V6>(ctx, sk, query.source());
+    set_peer::<V6>(ctx, &dns::listener(query.v4), port::DNS);
     1
 }
 
@@ -301,47 +319,84 @@ pub fn connect<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
 pub fn sendmsg<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     let to_port = peer_port(ctx);
     if to_port != port::DOMAIN {
-        // An answer of ztunnel's: it is to come from the address it goes to.
-        let to = peer::<V6>(ctx);
-        if dns::is_stand_in(&to) && field!(bpf_sock, socket(ctx), src_port) as u16 == port::DNS {
-            set_source::<V6>(ctx, &to);
-        }
+        other_port::<V6>(ctx, to_port);
         return 1;
     }
     if field!(bpf_sock_addr, ctx, protocol) != IPPROTO_UDP {
         return 1;
     }
     let sk = socket(ctx);
-    let resolver = peer::<V6>(ctx);
-    if let Some((Lookup::Captured, _)) = decide(ctx, sk, resolver)
-        && let Some(asked) = asked(sk, true)
-    {
-        let v4 = resolver.is_v4();
-        let connected = field!(bpf_sock, sk, state) == TCP_ESTABLISHED;
-        if v4 && !connected && source_is_open::<V6>(ctx) {
-            let slot = asked.one_of(&resolver);
-            if slot != 0 {
-                set_source::<V6>(ctx, &dns::stand_in(v4, slot));
+    let Some(query) = captured(ctx, sk, peer::<V6>(ctx), true) else {
+        return 1;
+    };
+    let usual = query.usual();
+    match asked(sk, usual != Some(query.resolver)) {
+        Some(asked) => {
+            let reach = Reach::of(&bound_to(sk, query.v4), &query.source());
+            match reach.filter(|_| !connected(sk)) {
+                Some(reach) => {
+                    let slot = asked.one_of(&usual.unwrap_or(query.resolver), &query.resolver);
+                    if slot != 0 {
+                        set_source::<V6>(ctx, &dns::stand_in(query.v4, reach, slot));
+                    }
+                }
+                None => asked.only(&query.resolver),
             }
-        } else {
-            asked.only(&resolver);
         }
-        set_peer::<V6>(ctx, &dns::listener(v4), port::DNS);
+        None if usual == Some(query.resolver) => {}
+        None => return 1,
     }
+    set_peer::<V6>(ctx, &dns::listener(query.v4), port::DNS);
     1
+}
+
+/// What concerns us of datagrams that are no lookups.
+#[inline(always)]
+fn other_port<const V6: bool>(ctx: *mut bpf_sock_addr, to_port: u16) {
+    let sk = socket(ctx);
+    if to_port == port::DNS {
+        // With a peer it said so at connect(). And the kernel itself names the peer here, for a socket of IPv6 whose peer
+        // is of IPv4.
+        if !connected(sk) {
+            asks_ztunnel_itself(ctx, sk);
+        }
+        return;
+    }
+    if field!(bpf_sock, sk, src_port) as u16 != port::DNS {
+        return;
+    }
+    // An answer of ztunnel's: it is to come from the address it goes to.
+    let to = peer::<V6>(ctx);
+    let Some((reach, _)) = dns::stands_for(&to) else {
+        return;
+    };
+    let mut near = Addr::UNSPECIFIED;
+    if reach == Reach::Source {
+        // SAFETY: entries are replaced whole; each field stands alone.
+        let Some(pod) = (unsafe { maps::PODS.get(netns_cookie(ctx)) }) else {
+            return;
+        };
+        near = source(pod, to.is_v4());
+    }
+    set_source::<V6>(ctx, &to);
+    set_peer::<V6>(ctx, &dns::delivered_to(&to, reach, &near), to_port);
 }
 
 /// A datagram that came, and whose sender is asked for; or a connected socket whose peer is.
 #[inline(always)]
 pub fn answered<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
-    let from_port = peer_port(ctx);
-    if from_port != port::DNS {
+    if peer_port(ctx) != port::DNS {
         return 1;
     }
-    if let Some(slot) = dns::slot_of(&peer::<V6>(ctx), from_port)
-        && let Some(asked) = asked(socket(ctx), false)
-        && let Some(resolver) = asked.resolver(slot)
-    {
+    let from = peer::<V6>(ctx);
+    let Some(slot) = dns::slot_of(&from) else {
+        return 1;
+    };
+    let resolver = match asked(socket(ctx), false) {
+        Some(asked) => asked.resolver(slot),
+        None => usual(netns_cookie(ctx), from.is_v4()),
+    };
+    if let Some(resolver) = resolver {
         set_peer::<V6>(ctx, &resolver, port::DOMAIN);
     }
     1

@@ -15,6 +15,7 @@ mod lookup;
 mod maps;
 mod process;
 mod report;
+mod sockaddr;
 mod sockopt;
 mod steer;
 mod vouch;

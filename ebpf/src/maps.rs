@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 use culvert_ebpf::abi::{
     Asked, CidrKey, Config, Counters, FourTuple, ListenerKey, MAX_PID_NAMESPACES, Named,
-    PidNamespace, Pod, PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey,
+    PidNamespace, Pod, PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey, UsualKey,
 };
 use culvert_ebpf::addr::Addr;
 
@@ -64,6 +64,9 @@ pub static ENTERING: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 pub static RECORDS: HashMap<u64, Record> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 pub static RESOLVERS: HashMap<PodAddr, u8> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+#[map]
+pub static USUAL_RESOLVERS: HashMap<UsualKey, Addr> =
+    HashMap::with_max_entries(2 * MAX_PODS, BPF_F_NO_PREALLOC);
 
 /// The legacy definition of a map: what the `maps` section holds. aya-ebpf has none for socket storage
 /// that other programs than sock_addr's can use.

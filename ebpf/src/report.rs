@@ -20,6 +20,12 @@ pub fn count(cookie: u64, verdict: Verdict) {
 /// Counts it and, while a watcher's lease runs, sends one record.
 #[inline(always)]
 pub fn decided(cookie: u64, verdict: Verdict, tuple: &FourTuple, ifindex: u32) {
+    decided_by(cookie, verdict, || *tuple, ifindex);
+}
+
+/// The same, where nobody has put the addresses together yet: without a watcher nobody has to.
+#[inline(always)]
+pub fn decided_by(cookie: u64, verdict: Verdict, tuple: impl Fn() -> FourTuple, ifindex: u32) {
     count(cookie, verdict);
     let Some(config) = maps::CONFIG.get(0) else {
         return;
@@ -32,6 +38,7 @@ pub fn decided(cookie: u64, verdict: Verdict, tuple: &FourTuple, ifindex: u32) {
     if time > config.events_until {
         return;
     }
+    let tuple = tuple();
     if let Some(mut slot) = maps::EVENTS.reserve::<Event>(0) {
         slot.write(Event {
             time,

@@ -13,7 +13,7 @@ use std::{
 use culvert_ebpf::{
     abi::{
         CidrKey, Config, Counters, Event, FourTuple, ListenerKey, Named, PidNamespace, Pod,
-        PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey, maps,
+        PodAddr, PortKey, ProbeCounts, ProcessKey, Record, Role, RoleKey, UsualKey, maps,
     },
     addr::Addr,
 };
@@ -54,6 +54,7 @@ plain!(
     Record,
     Role,
     RoleKey,
+    UsualKey,
     LpmCidr
 );
 
@@ -245,6 +246,8 @@ pub struct Maps {
     pub probe_counts: ProbeCountMap,
     /// Resolvers whose lookups are captured, of pods where not all are.
     pub resolvers: Map<PodAddr, u8>,
+    /// The resolver each pod asked first.
+    pub usual_resolvers: Map<UsualKey, Addr>,
     /// Which resolvers a socket asked.
     pub asked: OwnedFd,
 }
@@ -275,6 +278,7 @@ impl Maps {
             pn,
             pc,
             rs,
+            ur,
             ak,
         ] = fds;
         Self {
@@ -300,6 +304,7 @@ impl Maps {
             pid_namespaces: Map::new(maps::PID_NAMESPACES, pn),
             probe_counts: ProbeCountMap(Map::new(maps::PROBE_COUNTS, pc)),
             resolvers: Map::new(maps::RESOLVERS, rs),
+            usual_resolvers: Map::new(maps::USUAL_RESOLVERS, ur),
             asked: ak,
         }
     }
@@ -329,6 +334,7 @@ impl Maps {
             (maps::PID_NAMESPACES, self.pid_namespaces.as_fd()),
             (maps::PROBE_COUNTS, self.probe_counts.0.as_fd()),
             (maps::RESOLVERS, self.resolvers.as_fd()),
+            (maps::USUAL_RESOLVERS, self.usual_resolvers.as_fd()),
             (maps::ASKED, self.asked.as_fd()),
         ]
     }

@@ -386,13 +386,21 @@ impl Node {
             let id = cgroup_id(cgroup).ok();
             sys::cgroup_link_info(link.as_fd()).is_ok_and(|info| Some(info.target) == id)
         };
-        match existing.filter(same_place) {
-            Some(link) => {
+        match existing {
+            Some(link) if same_place(&link) => {
                 action = ProgramAction::Replaced;
                 sys::link_update(link.as_fd(), prog.as_fd())
                     .map_err(|e| Error::system("replace program", name, e))?;
             }
-            None => {
+            elsewhere => {
+                // With two places a query would run through both, and the second take it for one that asks ztunnel by
+                // itself. Without any it goes to its resolver.
+                if let Some(link) = elsewhere
+                    && names::DNS_QUERIES.contains(&name)
+                {
+                    sys::link_detach(link.as_fd())
+                        .map_err(|e| Error::system("detach program", name, e))?;
+                }
                 // Attached elsewhere, or not at all: the new link takes the old one's pin.
                 // What names an address must see it before others replace it.
                 let create = if names::DNS.iter().any(|(dns, _)| *dns == name) {

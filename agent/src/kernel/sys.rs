@@ -28,6 +28,7 @@ const OBJ_GET_INFO: libc::c_long = 15;
 const BTF_LOAD: libc::c_long = 18;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
 
 /// Largest `bpf_attr` used here.
 const ATTR_SIZE: usize = 128;
@@ -276,6 +277,11 @@ pub(super) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Res
         .fd(4, prog)
         .call(LINK_UPDATE, 16)
         .map(drop)
+}
+
+/// Ends an attachment at once; a link that is closed ends it some time later.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    Attr::new().fd(0, link).call(LINK_DETACH, 4).map(drop)
 }
 
 fn info<const N: usize>(object: BorrowedFd<'_>) -> io::Result<[u8; N]> {

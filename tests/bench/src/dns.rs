@@ -1,5 +1,5 @@
 //! What a lookup costs through capture: the same client asking ztunnel's port itself, through Culvert, and through
-//! istio-cni's iptables; and what datagrams pay that nobody captures. It measures and says what has to be reached.
+//! istio-cni's iptables. It measures and says what has to be reached.
 
 use std::fmt::Write as _;
 use std::io;
@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert::kernel::{
-    Netns, Node, node,
+    Netns, Node,
     pod::{self, Dns, Policy},
 };
 use culvert_lab::{Family, Lab, Ns};
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 
+use crate::bystanders;
 use crate::netfilter::Tool;
 use crate::stats::{Shuffle, Summary};
 use crate::ways;
@@ -25,8 +26,6 @@ use crate::worker::{self, Thread, Worker};
 /// ztunnel's port for lookups, and where its sockets' mark is told by.
 const LISTENER: u16 = 15053;
 const MARK: u32 = 0x539;
-/// A port that concerns nobody.
-const OTHER: u16 = 4000;
 /// As long as a question for a name of a cluster.
 const QUESTION: [u8; 48] = [7; 48];
 /// Lookups of one slice: some twenty milliseconds.
@@ -34,46 +33,51 @@ const SLICE: usize = 1500;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// What has to be reached, as shares.
 const CAPTURED: f64 = 0.97;
-const BYSTANDER: f64 = 0.99;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     Straight,
+    /// Straight to ztunnel's port in a pod that is enrolled: what its rules and the hooks cost by being there.
+    Enrolled,
     Culvert,
     Iptables,
 }
 
-const WAYS: [Way; 3] = [Way::Straight, Way::Culvert, Way::Iptables];
+const WAYS: [Way; 4] = [Way::Straight, Way::Enrolled, Way::Culvert, Way::Iptables];
 
 /// How a client asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Client {
+pub(crate) enum Client {
     /// A socket for each lookup, connected: glibc, Go.
     Fresh,
     /// One socket, which says whom it asks each time and who answered: musl, forwarders.
     Kept,
+    /// One connected socket: no look-up is like that, other traffic is.
+    Peer,
 }
 
 impl Client {
+    /// Those that look names up.
     const ALL: [Self; 2] = [Self::Fresh, Self::Kept];
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Fresh => "a connected socket a lookup",
             Self::Kept => "one unconnected socket",
+            Self::Peer => "one connected socket",
         }
     }
 }
 
 /// Answers with what it gets, until dropped.
 #[derive(Debug)]
-struct Answerer {
+pub(crate) struct Answerer {
     stop: Arc<AtomicBool>,
-    thread: Thread,
+    pub(crate) thread: Thread,
 }
 
 impl Answerer {
-    fn start(ns: &Ns, addr: SocketAddr, mark: u32) -> Result<Self> {
+    pub(crate) fn start(ns: &Ns, addr: SocketAddr, mark: u32) -> Result<Self> {
         let socket = ns.run(|| -> io::Result<UdpSocket> {
             let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, None)?;
             // As ztunnel does: the mark tells whose socket it is.
@@ -120,11 +124,14 @@ fn fresh(to: SocketAddr) -> Result<UdpSocket> {
 }
 
 /// Lookups a second, and how long each took in µs.
-fn slice(to: SocketAddr, client: Client) -> Result<(f64, Vec<f64>)> {
+pub(crate) fn slice(to: SocketAddr, client: Client) -> Result<(f64, Vec<f64>)> {
     let mut took = Vec::with_capacity(SLICE);
     let mut answer = [0; 512];
     let kept = UdpSocket::bind(any(to))?;
     kept.set_read_timeout(Some(TIMEOUT))?;
+    if client == Client::Peer {
+        kept.connect(to)?;
+    }
     let began = Instant::now();
     for _ in 0..SLICE {
         let asked = Instant::now();
@@ -140,6 +147,10 @@ fn slice(to: SocketAddr, client: Client) -> Result<(f64, Vec<f64>)> {
                 let (n, from) = kept.recv_from(&mut answer)?;
                 ensure!(from == to, "{from} answered, not {to}");
                 n
+            }
+            Client::Peer => {
+                kept.send(&QUESTION)?;
+                kept.recv(&mut answer)?
             }
         };
         ensure!(n == QUESTION.len(), "another answer");
@@ -161,7 +172,7 @@ impl Path {
         let pod = lab.pod(&name)?;
         match way {
             Way::Straight => {}
-            Way::Culvert => {
+            Way::Enrolled | Way::Culvert => {
                 let netns = Netns::open(pod.path())?;
                 let policy = Policy {
                     named_ztunnel: true,
@@ -183,7 +194,7 @@ impl Path {
 
     fn target(&self, family: Family) -> SocketAddr {
         match self.way {
-            Way::Straight => SocketAddr::new(family.loopback(), LISTENER),
+            Way::Straight | Way::Enrolled => SocketAddr::new(family.loopback(), LISTENER),
             // Where nobody is: only a captured lookup is answered.
             Way::Culvert | Way::Iptables => SocketAddr::new(ways::elsewhere(family).ip(), 53),
         }
@@ -233,59 +244,9 @@ fn compare(paths: &[Path], family: Family, client: Client, rounds: usize) -> Res
         .collect())
 }
 
-/// Rates of datagrams nobody captures with the DNS programs attached, as a share of those without: in a pod that is not
-/// enrolled to port 53, and to another port.
-fn bystanders(rounds: usize) -> Result<[Summary; 2]> {
-    let lab = Lab::new("bench-dns-by")?;
-    let (bystander, other) = (lab.pod("bystander")?, lab.pod("other")?);
-    let places = [53, OTHER].map(|port| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
-    let client = Worker::start(&bystander)?;
-    let answerers = [
-        Answerer::start(&bystander, places[0], 0)?,
-        Answerer::start(&bystander, places[1], 0)?,
-    ];
-    let cpus = worker::cpus()?;
-    let mut shuffle = Shuffle::new();
-    let mut ratios = [Vec::new(), Vec::new()];
-    for round in 0..rounds {
-        let cpu = cpus.get(round % cpus.len()).copied().unwrap_or(0);
-        client.thread().pin(cpu)?;
-        for answerer in &answerers {
-            answerer.thread.pin(cpu)?;
-        }
-        let mut order = [true, false];
-        shuffle.shuffle(&mut order);
-        let mut rates = [[0.0; 2]; 2];
-        for attached in order {
-            if attached {
-                let node = ways::load(&lab)?;
-                let policy = Policy {
-                    dns: Dns::All,
-                    ..Policy::default()
-                };
-                let netns = Netns::open(other.path())?;
-                lab.node().run(|| pod::attach(&node, &netns, &policy))?;
-            } else {
-                lab.node().run(|| node::unload(lab.bpffs(), true))?;
-            }
-            // Links go a moment after their pins.
-            std::thread::sleep(Duration::from_millis(30));
-            for (rate, to) in rates[usize::from(attached)].iter_mut().zip(places) {
-                *rate = client.call(move || slice(to, Client::Kept))??.0;
-            }
-        }
-        let [without, with] = rates;
-        for ((ratios, with), without) in ratios.iter_mut().zip(with).zip(without) {
-            ratios.push(with / without);
-        }
-    }
-    lab.node().run(|| node::unload(lab.bpffs(), true))?;
-    Ok(ratios.map(Summary::of))
-}
-
 /// Runs it all; prints, and returns the results and how many targets were missed.
 pub(crate) fn measure(rounds: usize) -> Result<(Value, usize)> {
-    let [enrolled_not, other_port] = bystanders(rounds)?;
+    let (bystanders, mut missed) = bystanders::measure(rounds)?;
     let lab = Lab::new("bench-dns")?;
     let node = ways::load(&lab)?;
     let paths = WAYS
@@ -294,7 +255,6 @@ pub(crate) fn measure(rounds: usize) -> Result<(Value, usize)> {
         .collect::<Result<Vec<_>>>()?;
     let mut text = String::new();
     let mut rows = Vec::new();
-    let mut missed = 0;
     for family in Family::BOTH {
         for client in Client::ALL {
             writeln!(text, "{family:?}, {}", client.name())?;
@@ -309,10 +269,12 @@ pub(crate) fn measure(rounds: usize) -> Result<(Value, usize)> {
                 missed += usize::from(short);
                 writeln!(
                     text,
-                    "  {:<9} {:>8.0} a second  {:.3} of straight  p50 {:>5.1} µs  p99 {:>6.1} µs{}",
+                    "  {:<9} {:>8.0} a second  {:.3} of straight ({:.3} to {:.3})  p50 {:>5.1} µs  p99 {:>6.1} µs{}",
                     format!("{way:?}").to_lowercase(),
                     rate.median,
                     ratio.median,
+                    ratio.p10,
+                    ratio.p90,
                     micros.median,
                     micros.p99,
                     if short { "  MISSED: 0.97" } else { "" },
@@ -324,25 +286,11 @@ pub(crate) fn measure(rounds: usize) -> Result<(Value, usize)> {
             }
         }
     }
-    for (what, ratio) in [
-        ("port 53 of a pod that is not enrolled", &enrolled_not),
-        ("another port", &other_port),
-    ] {
-        let short = ratio.median < BYSTANDER;
-        missed += usize::from(short);
-        writeln!(
-            text,
-            "{what}: {:.3} of before{}",
-            ratio.median,
-            if short { "  MISSED: 0.99" } else { "" }
-        )?;
-    }
     print!("{text}");
     Ok((
         json!({
             "lookups": rows,
-            "not_enrolled": enrolled_not.json(),
-            "other_port": other_port.json(),
+            "bystanders": bystanders,
         }),
         missed,
     ))

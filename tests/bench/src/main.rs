@@ -1,6 +1,7 @@
 //! `culvert-bench`: what Culvert costs, measured beside what it replaces. It measures and reports; what a figure has to
 //! reach is written in `report`, and nothing here is ever tuned to reach it.
 
+mod bystanders;
 mod chart;
 mod client;
 mod datapath;

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use culvert_ebpf::abi::{Record, mark};
+use culvert_ebpf::abi::{Record, UsualKey, mark};
 
 use super::{Detached, entries::forget_maps};
 use crate::{
@@ -80,6 +80,12 @@ fn undo_namespace(guard: &Guard<'_>, record: Option<&Record>) -> Result<bool> {
 fn forget_pod(node: &Node, cookie: NetnsCookie) -> Result<()> {
     pins::remove(&node.pins().pod(cookie))?;
     node.maps().counters.remove(cookie.0)?;
+    for family in [4, 6] {
+        let cookie = cookie.0;
+        node.maps()
+            .usual_resolvers
+            .remove(&UsualKey { cookie, family })?;
+    }
     node.maps().records.remove(&cookie.0)?;
     Ok(())
 }
