@@ -14,7 +14,7 @@ use std::{
     io,
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -52,7 +52,7 @@ impl Netns {
     pub fn open(path: &Path) -> Result<Self> {
         const OPERATION: &str = "open network namespace";
         let object = path.display();
-        let file = File::open(path).map_err(|e| {
+        let file = opened(path).map_err(|e| {
             let missing = e.kind() == io::ErrorKind::NotFound;
             let error = Error::system(OPERATION, object.to_string(), e);
             if missing {
@@ -238,4 +238,12 @@ pub fn paths() -> Vec<((u64, u64), PathBuf)> {
         }
     }
     found
+}
+
+/// Without waiting: whoever names a namespace may name a pipe that nobody writes to.
+fn opened(path: &Path) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
 }

@@ -380,6 +380,17 @@ impl World for Live {
         matches!(pod, Ok(Some(_)))
     }
 
+    async fn collect(&self) {
+        let node = Arc::clone(&self.node);
+        match blocking(move || pod::collect(&node)).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "cleared away what was left of dead namespaces"),
+            Err(failure) => {
+                tracing::warn!(%failure, "clearing away what is left of dead namespaces");
+            }
+        }
+    }
+
     fn strays(&self, known: &[Arc<Netns>]) -> usize {
         let known: BTreeSet<u64> = known.iter().map(|p| p.cookie().0).collect();
         let pods = self.node.maps().pods.keys().unwrap_or_default();

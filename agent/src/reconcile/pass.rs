@@ -20,7 +20,7 @@ use crate::{
     kernel::pod::Policy,
     model::{Cluster, Pod, PodUid, Redirection, keys},
     plan::{
-        membership::{self, Membership, Reason},
+        membership::{self, Membership, Reason, Waiting},
         pod::{Step, Wish, Ztunnel, next},
     },
 };
@@ -90,7 +90,12 @@ impl<W: World> Reconciler<W> {
                 .filter(|e| e.captured.is_some() || e.draining > 0 || e.busy);
             held.filter_map(|e| e.place.clone()).collect()
         };
-        let strays = self.inner.world.strays(&known);
+        let mut strays = self.inner.world.strays(&known);
+        if strays > 0 {
+            // Those whose namespace is gone nobody will ever claim.
+            self.inner.world.collect().await;
+            strays = self.inner.world.strays(&known);
+        }
         let seen = |now: usize| {
             let mut unclaimed = self
                 .inner
@@ -120,6 +125,7 @@ impl<W: World> Reconciler<W> {
         };
         for (target, _) in candidates {
             let Some(place) = found.get(&target.uid) else {
+                self.keep_for_later(target);
                 continue;
             };
             if !self.inner.world.captured(place) {
@@ -139,6 +145,28 @@ impl<W: World> Reconciler<W> {
                 entry.ztunnel = Ztunnel::Waiting;
                 self.inner.world.expect(&entry.target);
             }
+        }
+    }
+
+    /// Some namespaces are captured that no pod can be found for. One of them may be that of a pod whose address is not
+    /// shown yet, because the plugin brought it just before the agent before this one ended: it runs, and ztunnel, which
+    /// may serve it, must not let it go.
+    fn keep_for_later(&self, target: Target) {
+        let waits = {
+            let cluster = self.inner.cluster.borrow();
+            cluster.pods.get(&target.uid).is_some_and(|pod| {
+                let namespace = cluster.namespaces.get(&pod.namespace);
+                let settings = &self.inner.options.settings;
+                let membership = membership::decide(pod, namespace, settings);
+                matches!(membership, Membership::Wait(Waiting::Address(_)))
+            })
+        };
+        let mut entries = self.entries();
+        if waits && !entries.contains_key(&target.uid) {
+            let mut entry = Entry::new(target);
+            entry.ztunnel = Ztunnel::Waiting;
+            self.inner.world.expect(&entry.target);
+            entries.insert(entry.target.uid.clone(), entry);
         }
     }
 
@@ -182,6 +210,8 @@ impl<W: World> Reconciler<W> {
                 Step::Find if entry.due(now) => {
                     entry.busy = true;
                     self.inner.world.expect(&entry.target);
+                    // Should it never be found, it is to be taken back.
+                    entry.ztunnel = Ztunnel::Waiting;
                     todo.find.push((
                         entry.target.clone(),
                         entry.addresses.iter().copied().collect(),

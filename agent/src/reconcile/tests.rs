@@ -142,6 +142,8 @@ impl World for Fake {
         self.captured.lock().unwrap().contains_key(place)
     }
 
+    async fn collect(&self) {}
+
     fn strays(&self, known: &[Arc<u32>]) -> usize {
         let captured = self.captured.lock().unwrap();
         captured

@@ -149,6 +149,9 @@ pub trait World: fmt::Debug + Send + Sync + 'static {
     /// Does the kernel capture this namespace?
     fn captured(&self, place: &Self::Place) -> bool;
 
+    /// Clears away what is left of namespaces that are gone.
+    fn collect(&self) -> impl Future<Output = ()> + Send;
+
     /// How many namespaces the kernel captures besides these.
     fn strays(&self, known: &[Arc<Self::Place>]) -> usize;
 
