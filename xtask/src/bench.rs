@@ -12,7 +12,7 @@ use crate::{
 /// Options of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Which benchmark, and its options (`datapath`, `dns`; `-- --help` lists them)
+    /// Which benchmark, and its options (`datapath`, `dns`, `agent`; `bench agent --help` explains one, `bench -- --help` lists them)
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
@@ -25,7 +25,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     bins::ensure(
         &project,
         Profile::Release,
-        &["culvert", "ztunnel-standin", "culvert-bench"],
+        &["culvert", "culvert-cni", "ztunnel-standin", "culvert-bench"],
     )?;
     host::ensure_bpffs()?;
     let error = bins::command(&project, Profile::Release, "culvert-bench")

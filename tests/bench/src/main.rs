@@ -1,12 +1,14 @@
 //! `culvert-bench`: what Culvert costs, measured beside what it replaces. It measures and reports; what a figure has to
 //! reach is written in `report`, and nothing here is ever tuned to reach it.
 
+mod agent;
 mod bystanders;
 mod chart;
 mod client;
 mod datapath;
 mod dns;
 mod enrol;
+mod interrupt;
 mod netfilter;
 mod node;
 mod proxy;
@@ -19,7 +21,8 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
@@ -41,6 +44,8 @@ enum Bench {
     Datapath(Options),
     /// Lookups three ways (ztunnel's port itself, Culvert, iptables), and datagrams that are nobody's
     Dns(Options),
+    /// The agent: plugin ADD, a namespace's label, memory, idle processor time, and what a day's pods leave behind
+    Agent(agent::Options),
 }
 
 /// How long and where to.
@@ -101,33 +106,47 @@ impl Options {
     }
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let bench = Args::parse().bench;
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark makes network namespaces and loads programs: run as root"
     );
     match bench {
-        Bench::Datapath(options) => datapath(&options),
-        Bench::Dns(options) => lookups(&options),
+        Bench::Datapath(options) => datapath(&options)?,
+        Bench::Dns(options) => lookups(&options)?,
+        Bench::Agent(options) => return agent::main(&options),
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn lookups(options: &Options) -> Result<()> {
     let (json, missed) = dns::measure(options.or(options.rounds, 60, 10))?;
-    write(options, &[("dns.json", format!("{json:#}\n"))])?;
+    store(options, &[("dns.json", format!("{json:#}\n"))])?;
     strict(options, missed)
 }
 
-fn write(options: &Options, files: &[(&str, String)]) -> Result<()> {
-    let dir = options.output.clone().unwrap_or_else(|| {
-        let target = std::env::var_os("CULVERT_TARGET_DIR").unwrap_or_else(|| "target".into());
-        PathBuf::from(target).join("bench")
-    });
+/// Writes results and says where; without a directory, below the build's.
+pub(crate) fn write(dir: Option<&Path>, files: &[(&str, String)]) -> Result<Vec<PathBuf>> {
+    let dir = dir.map_or_else(
+        || {
+            let target = std::env::var_os("CULVERT_TARGET_DIR").unwrap_or_else(|| "target".into());
+            PathBuf::from(target).join("bench")
+        },
+        Path::to_path_buf,
+    );
     std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    let mut written = Vec::new();
     for (name, text) in files {
         let path = dir.join(name);
         std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        written.push(path);
+    }
+    Ok(written)
+}
+
+fn store(options: &Options, files: &[(&str, String)]) -> Result<()> {
+    for path in write(options.output.as_deref(), files)? {
         println!("wrote {}", path.display());
     }
     Ok(())
@@ -166,7 +185,7 @@ fn datapath(options: &Options) -> Result<()> {
         report.enrol = enrol::measure(pods)?;
     }
     print!("{}", report.text());
-    write(
+    store(
         options,
         &[
             ("datapath.json", format!("{:#}\n", report.json())),

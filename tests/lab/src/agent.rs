@@ -136,7 +136,19 @@ impl AgentOptions {
         fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))
     }
 
-    fn write(&self, name: &str, manifest: &Value) -> Result<()> {
+    /// Takes any manifest away that `write` wrote; one that is gone is fine.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let path = self.manifests().join(format!("{name}.json"));
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("removing {}", path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes any manifest, as `NAME.json`.
+    pub fn write(&self, name: &str, manifest: &Value) -> Result<()> {
         let dir = self.manifests();
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         // Renamed into place, so that it is never read half-written.

@@ -158,7 +158,8 @@ impl Lab {
     }
 }
 
-fn culvert_binary() -> Result<PathBuf> {
+/// The agent's binary.
+pub fn culvert_binary() -> Result<PathBuf> {
     paths::binary("CULVERT_BIN", "culvert", "cargo xtask build")
 }
 

@@ -50,7 +50,7 @@ pub use agent::{Agent, AgentOptions};
 pub use capture::Capture;
 pub use client::{Connect, Connecting, connect, roundtrip};
 pub use creds::Creds;
-pub use culvert::{CulvertOutput, plugin_binary};
+pub use culvert::{CulvertOutput, culvert_binary, plugin_binary};
 pub use family::Family;
 pub use hook::{HookPoint, Hooks};
 pub use lab::Lab;

@@ -1,0 +1,138 @@
+//! A day's comings and goings without the pauses between them, and whether anything of it stays with the agent.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use super::batch::Batch;
+use super::footprint::Footprint;
+use super::plugin::Plugin;
+use super::site::Site;
+use crate::interrupt;
+
+/// Pods that are there at the same time, beside those that stay.
+const BATCH: usize = 50;
+/// Pods that come and go before the first reading: what is made once is not what is looked for.
+const WARM_UP: usize = 4 * BATCH;
+/// What an allocator may keep: for 20,000 pods some fifty bytes each.
+const SLACK_KIB: u64 = 1024;
+/// Threads that wait for work end after ten seconds without, and the kernel takes its time with namespaces.
+const SETTLE: Duration = Duration::from_secs(60);
+const QUIET: Duration = Duration::from_secs(12);
+
+/// What was there before and after.
+#[derive(Debug)]
+pub(super) struct Churn {
+    pub(super) pods: usize,
+    pub(super) seconds: f64,
+    pub(super) before: Footprint,
+    pub(super) after: Footprint,
+    /// KiB of anonymous memory on the way.
+    pub(super) anonymous: Vec<u64>,
+}
+
+/// Adds and removes so many pods, each a new one in a new network namespace. `left` pods stay.
+pub(super) fn measure(site: &Site, plugin: &Plugin, count: usize, left: usize) -> Result<Churn> {
+    rounds(site, plugin, "warm", WARM_UP.min(count), left, |_| Ok(()))?;
+    let before = settled(site, None)?;
+    let started = Instant::now();
+    let mut anonymous = Vec::new();
+    rounds(site, plugin, "churn", count, left, |done| {
+        if done * 10 / count > anonymous.len() {
+            anonymous.push(Footprint::of(site)?.memory.anonymous);
+        }
+        let rate = done as f64 / started.elapsed().as_secs_f64();
+        eprint!("\r  {done} of {count}, {rate:.0} a second  ");
+        Ok(())
+    })?;
+    let seconds = started.elapsed().as_secs_f64();
+    eprintln!();
+    let after = settled(site, Some(&before))?;
+    Ok(Churn {
+        pods: count,
+        seconds,
+        before,
+        after,
+        anonymous,
+    })
+}
+
+fn rounds(
+    site: &Site,
+    plugin: &Plugin,
+    name: &str,
+    count: usize,
+    left: usize,
+    mut progress: impl FnMut(usize) -> Result<()>,
+) -> Result<()> {
+    let mut done = 0;
+    while done < count {
+        interrupt::check()?;
+        let size = BATCH.min(count - done);
+        let batch = Batch::new(site, &format!("{name}-{done}"), Some("ambient"), size)?;
+        for (_, sandbox) in &batch.pods {
+            interrupt::check()?;
+            plugin.add(sandbox)?;
+        }
+        batch.run()?;
+        if done == 0 {
+            let enrolled = site.enrolled()?.0;
+            ensure!(
+                enrolled == left + size,
+                "{enrolled} pods are enrolled and not {}",
+                left + size
+            );
+        }
+        batch.end(plugin, left)?;
+        done += size;
+        progress(done)?;
+    }
+    Ok(())
+}
+
+/// Once nothing moves any more; or, with something to compare with, once all counts are as they were, or never will be.
+fn settled(site: &Site, like: Option<&Footprint>) -> Result<Footprint> {
+    let began = Instant::now();
+    while began.elapsed() < QUIET {
+        interrupt::check()?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let started = Instant::now();
+    loop {
+        interrupt::check()?;
+        let now = Footprint::of(site)?;
+        let same = like.is_none_or(|like| now.counts() == like.counts());
+        if same || started.elapsed() > SETTLE {
+            return Ok(now);
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+impl Churn {
+    /// What grew, in words.
+    pub(super) fn grown(&self) -> Vec<String> {
+        let mut grown = Vec::new();
+        let (before, after) = (self.before.counts(), self.after.counts());
+        for ((name, before), (_, after)) in before.iter().zip(&after) {
+            if after > before {
+                grown.push(format!("{name}: {before} before, {after} after"));
+            }
+        }
+        let (before, after) = (self.before.memory.rss, self.after.memory.rss);
+        if after > before + SLACK_KIB {
+            grown.push(format!(
+                "resident memory: {before} KiB before, {after} KiB after"
+            ));
+        }
+        grown
+    }
+
+    pub(super) fn json(&self) -> Value {
+        json!({
+            "pods": self.pods, "seconds": self.seconds, "before": self.before.json(), "after": self.after.json(),
+            "anonymous_kib": self.anonymous, "grown": self.grown(),
+        })
+    }
+}
