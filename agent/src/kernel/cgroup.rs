@@ -14,11 +14,16 @@ use super::error::{Error, Result};
 const OPERATION: &str = "use as cgroup v2 root";
 const CGROUP2_MAGIC: i64 = 0x6367_7270;
 
-/// Mount point of the v2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on hybrid hosts.
+const ROOT_INODE: u64 = 1;
+
+/// Mount point of the v2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on hybrid hosts. In a container that is
+/// where the node's own is mounted, whatever that place is called.
 pub fn find_root() -> Result<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo")
         .map_err(|e| Error::system("read", "/proc/self/mountinfo", e))?;
-    parse_mounts(&table).ok_or_else(|| {
+    let is_root = |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.ino() == ROOT_INODE);
+    let root = mounts(&table).map(|(_, point)| point).find(is_root);
+    root.or_else(|| parse_mounts(&table)).ok_or_else(|| {
         Error::wrong(
             "find",
             "the cgroup v2 hierarchy",
@@ -31,12 +36,17 @@ pub fn find_root() -> Result<PathBuf> {
 
 /// First cgroup2 mount of a mountinfo table that shows the hierarchy from its root.
 fn parse_mounts(table: &str) -> Option<PathBuf> {
-    table.lines().find_map(|line| {
+    mounts(table).find_map(|(root, point)| (root == "/").then_some(point))
+}
+
+/// All cgroup2 mounts of a mountinfo table: what is shown, from where our cgroup namespace begins, and where.
+fn mounts(table: &str) -> impl Iterator<Item = (&str, PathBuf)> {
+    table.lines().filter_map(|line| {
         let (mount, fs) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        (fs.starts_with("cgroup2 ") && root == "/")
-            .then(|| PathBuf::from(point.replace("\\040", " ")))
+        fs.starts_with("cgroup2 ")
+            .then(|| (root, PathBuf::from(point.replace("\\040", " "))))
     })
 }
 
@@ -57,13 +67,12 @@ pub fn open(path: &Path, named: bool) -> Result<File> {
             "mount one with `mount -t cgroup2 none DIR`, or name its directory with --cgroup-root",
         ));
     }
-    const ROOT_INODE: u64 = 1;
     if !named && dir.metadata().map_err(fail)?.ino() != ROOT_INODE {
         return Err(Error::wrong(
             OPERATION,
             path.display(),
             "it is the root of a cgroup namespace, not of the node: sockets of pods would not be seen",
-            "mount the host's hierarchy into this container (hostPath) and name it with --cgroup-root",
+            "mount the host's /sys/fs/cgroup into this container (hostPath), at any place",
         ));
     }
     Ok(dir)

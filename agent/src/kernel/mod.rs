@@ -18,6 +18,7 @@ mod netlink;
 pub mod netns;
 pub mod node;
 pub mod object;
+mod own_proc;
 pub mod pins;
 pub mod pod;
 pub mod preflight;

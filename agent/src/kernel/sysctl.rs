@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     os::unix::fs::FileExt,
     path::Path,
 };
@@ -14,6 +14,7 @@ use culvert_ebpf::abi::{NO_SYSCTL, Record};
 use super::{
     error::{Error, Result},
     netns::Guard,
+    own_proc,
 };
 
 /// In the order of [`Record::sysctls`].
@@ -46,15 +47,29 @@ fn read(path: &str) -> Result<u8> {
 }
 
 fn write(path: &str, value: u8) -> Result<()> {
-    fs::write(path, value.to_string()).map_err(|e| {
+    let written = open_for_writing(path).and_then(|mut file| write!(file, "{value}"));
+    written.map_err(|e| {
         let readonly = e.raw_os_error() == Some(libc::EROFS);
         let error = Error::system("write", path, e);
         if readonly {
-            error.cured_by("give the agent a writable /proc/sys (hostPath, or no read-only procfs)")
+            error.cured_by("give the agent a writable /proc/sys, or let it mount one (CAP_SYS_ADMIN, no security profile that forbids it)")
         } else {
             error
         }
     })
+}
+
+/// In a container `/proc/sys` is read-only; then by way of a procfs of our own.
+pub(super) fn open_for_writing(path: &str) -> io::Result<File> {
+    match File::options().write(true).open(path) {
+        Err(readonly) if readonly.raw_os_error() == Some(libc::EROFS) => {
+            own_proc::open_for_writing(Path::new(path)).map_err(|why| {
+                tracing::debug!(%why, "no procfs of our own");
+                readonly
+            })
+        }
+        result => result,
+    }
 }
 
 /// The present values, to be kept in the pod's record.
