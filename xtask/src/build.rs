@@ -48,6 +48,17 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// No shared library, and nothing that tells, or depends on, where it was built.
+pub(crate) fn static_flags(project: &Project) -> Vec<String> {
+    let mut flags = vec![
+        "-Ctarget-feature=+crt-static".to_owned(),
+        // A build id is a hash over debug information too, which the image leaves out.
+        "-Clink-arg=-Wl,--build-id=none".to_owned(),
+    ];
+    flags.extend(project.remap_flags());
+    flags
+}
+
 /// Builds the binaries of some packages. The eBPF object has to be there.
 pub(crate) fn binaries(project: &Project, profile: Profile, packages: &[&str]) -> Result<()> {
     let mut command = cargo(project);
@@ -62,8 +73,11 @@ pub(crate) fn binaries(project: &Project, profile: Profile, packages: &[&str]) -
         }
         Profile::Static => {
             command.args(["--release", "--target", &static_triple()]);
-            command.env("RUSTFLAGS", "-C target-feature=+crt-static");
-            command.env_remove("CARGO_ENCODED_RUSTFLAGS");
+            command.env(
+                "CARGO_ENCODED_RUSTFLAGS",
+                static_flags(project).join("\u{1f}"),
+            );
+            command.env_remove("RUSTFLAGS");
         }
     }
     run(&mut command)

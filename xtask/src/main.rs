@@ -14,6 +14,7 @@ mod demo;
 mod ebpf;
 mod fuzz;
 mod host;
+mod image;
 mod inputs;
 mod lint;
 mod load;
@@ -48,6 +49,8 @@ enum Verb {
     Fuzz(fuzz::Args),
     /// Measure against plain loopback, iptables and nftables; results go to target/bench (root)
     Bench(bench::Args),
+    /// Build the container image into target/image: reproducible, with licences and a bill of materials
+    Image(image::Args),
     /// A real Kubernetes on this machine: build, up, down, status, shell, kubectl (root)
     Cluster(cluster::Args),
     /// Check format, clippy, documentation, licences and house rules
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::main(&args),
         Verb::Fuzz(args) => fuzz::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Image(args) => image::main(&args),
         Verb::Cluster(args) => cluster::main(&args),
         Verb::Lint => lint::main(),
     };

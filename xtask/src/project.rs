@@ -1,6 +1,9 @@
 //! Where things are in the tree. It reads the environment and nothing else.
 
-use std::path::PathBuf;
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use crate::inputs;
 
@@ -42,6 +45,20 @@ impl Project {
     /// The eBPF package, which is not part of the workspace.
     pub(crate) fn ebpf(&self) -> PathBuf {
         self.root.join("ebpf")
+    }
+
+    /// Compiler flags that keep the places of the tree and of the crates out of what is built.
+    pub(crate) fn remap_flags(&self) -> Vec<String> {
+        let cargo_home = env::var_os("CARGO_HOME")
+            .map(PathBuf::from)
+            .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
+        let crates = cargo_home.map(|home| (home, "/cargo"));
+        // The last that fits wins, and either may lie in the other.
+        crates
+            .into_iter()
+            .chain([(self.root.clone(), "/culvert")])
+            .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+            .collect()
     }
 
     /// Where the binaries of a profile end up.

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    bins, cluster, cmd, ebpf, fuzz, host,
+    bins, cluster, cmd, ebpf, fuzz, host, image,
     project::{Profile, Project},
     vm,
 };
@@ -146,8 +146,8 @@ fn e2e(project: &Project, filter: &[String]) -> Result<()> {
 fn on_a_cluster(project: &Project, filter: &[String]) -> Result<()> {
     host::ensure_packages(host::CLUSTER, "the cluster")?;
     host::ensure_packages(host::CILIUM, "Cilium")?;
-    let binaries = ["culvert", "culvert-cni", "ztunnel-standin"];
-    bins::ensure(project, Profile::Dev, &binaries)?;
+    bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
+    let image = image::ensure(project)?;
     cluster::ensure(project)?;
     let tests = || {
         let mut command = cmd::cargo(project);
@@ -155,6 +155,7 @@ fn on_a_cluster(project: &Project, filter: &[String]) -> Result<()> {
         for package in ON_A_CLUSTER {
             command.args(["--package", package]);
         }
+        command.env("CULVERT_IMAGE", &image);
         bins::locate(&mut command, project, Profile::Dev);
         command
     };

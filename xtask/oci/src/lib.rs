@@ -1,0 +1,8 @@
+//! Container images as one tar: an OCI layout that is a `docker save` archive too, so that `ctr images import`, `docker
+//! load` and tools for registries take it. The same content makes the same bytes. It reads no file and runs nothing.
+
+mod image;
+mod layer;
+
+pub use image::{Image, Written, full_name};
+pub use layer::Layer;
