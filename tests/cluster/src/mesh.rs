@@ -1,5 +1,6 @@
-//! Culvert and a stand-in ztunnel on a cluster, for tests of what both do to pods: images of this build's binaries, their
-//! DaemonSets, peers that reach each other by HBONE, and what each ztunnel has counted. It judges nothing.
+//! Culvert and a stand-in ztunnel on a cluster, for tests of what both do to pods: Culvert as `cargo xtask image` and
+//! `deploy/base` have it, the stand-in from this build, peers that reach each other by HBONE, and what each ztunnel has
+//! counted. It judges nothing.
 
 use std::fs;
 use std::io::Read as _;
@@ -15,9 +16,8 @@ use crate::build::copy_tree;
 use crate::cluster::Cluster;
 use crate::image::Image;
 use crate::node::Node;
-use crate::tool;
+use crate::{place, tool};
 
-const CULVERT: &str = include_str!("culvert.yaml");
 const ZTUNNEL: &str = include_str!("ztunnel.yaml");
 /// Where a node's ztunnel has its files, on that node.
 const FILES: &str = "var/lib/ztunnel";
@@ -26,7 +26,7 @@ static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// Culvert's DaemonSet and its namespace.
-pub const AGENT: (&str, &str) = ("culvert", "kube-system");
+pub const AGENT: (&str, &str) = ("culvert", "culvert-system");
 /// The stand-in's DaemonSet and its namespace.
 pub const PROXY: (&str, &str) = ("ztunnel", "istio-system");
 
@@ -51,7 +51,8 @@ impl<'a> Mesh<'a> {
         }
         mesh.load_images()?;
         mesh.prepare_nodes()?;
-        cluster.apply(CULVERT)?;
+        let base = place::root().join("deploy/base");
+        cluster.kubectl(&["apply", "--kustomize", &base.display().to_string()])?;
         cluster.apply(ZTUNNEL)?;
         for (name, namespace) in [AGENT, PROXY] {
             mesh.wait_for_rollout(name, namespace)?;
@@ -78,14 +79,10 @@ impl<'a> Mesh<'a> {
     }
 
     fn load_images(&self) -> Result<()> {
-        let culvert = Image::new("culvert.test/culvert:1")
-            .program("bin/culvert", binary("CULVERT_BIN", "culvert")?)?
-            .program("bin/culvert-cni", binary("CULVERT_CNI_BIN", "culvert-cni")?)?
-            .entrypoint(&["/bin/culvert"]);
         let ztunnel = Image::new("culvert.test/ztunnel:1")
             .program("bin/ztunnel-standin", standin()?)?
             .entrypoint(&["/bin/ztunnel-standin"]);
-        self.cluster.add_image(&culvert)?;
+        self.cluster.import(&culvert_image()?)?;
         self.cluster.add_image(&ztunnel)
     }
 
@@ -208,6 +205,20 @@ impl<'a> Mesh<'a> {
 /// What the agent has written about a pod.
 fn redirection(pod: &Value) -> Option<&str> {
     pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()
+}
+
+/// The image as a cluster gets it.
+fn culvert_image() -> Result<PathBuf> {
+    let path = match std::env::var_os("CULVERT_IMAGE") {
+        Some(path) => path.into(),
+        None => place::target_dir().join("image/culvert.tar"),
+    };
+    ensure!(
+        path.is_file(),
+        "no image at {}: cargo xtask image",
+        path.display()
+    );
+    Ok(path)
 }
 
 fn standin() -> Result<PathBuf> {

@@ -29,7 +29,8 @@ pub(crate) fn root() -> PathBuf {
     root
 }
 
-fn target_dir() -> PathBuf {
+/// Cargo's output directory.
+pub(crate) fn target_dir() -> PathBuf {
     ["CULVERT_TARGET_DIR", "CARGO_TARGET_DIR"]
         .into_iter()
         .find_map(|name| std::env::var_os(name).filter(|dir| !dir.is_empty()))
