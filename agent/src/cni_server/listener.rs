@@ -10,11 +10,21 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, extract::connect_info::Connected, serve::IncomingStream};
-use tokio::net::{UnixListener, UnixStream};
+use axum::{Router, extract::ConnectInfo};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tower::Service as _;
 
 /// How long requests in flight may go on once the agent is told to end.
 const GRACE: Duration = Duration::from_secs(3);
+
+/// For a request's head, and between two requests: whoever connects and says nothing is not waited for.
+const HEAD: Duration = Duration::from_secs(10);
 
 /// The socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -84,48 +94,26 @@ impl Listener {
     /// Serves until `shutdown` is ready, and what is in flight for a moment longer.
     pub async fn serve(self, app: Router, shutdown: impl Future<Output = ()> + Send + 'static) {
         let app = super::routes::with_fallbacks(app);
-        let (ending, ended) = tokio::sync::oneshot::channel();
-        let app = app.into_make_service_with_connect_info::<Peer>();
-        let serving = axum::serve(self, app).with_graceful_shutdown(async move {
-            shutdown.await;
-            // Nobody waits for it any more when serving is over already.
-            let _sent = ending.send(());
-        });
-        let late = async {
-            if ended.await.is_err() {
-                std::future::pending::<()>().await;
-            }
-            tokio::time::sleep(GRACE).await;
-        };
-        tokio::select! {
-            result = serving.into_future() => {
-                if let Err(error) = result {
-                    tracing::error!(%error, "the plugin's server has ended");
+        let (stop, mut open) = (CancellationToken::new(), JoinSet::new());
+        tokio::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                Some(_) = open.join_next() => {}
+                (stream, peer) = self.accept() => {
+                    open.spawn(converse(stream, peer, app.clone(), stop.clone()));
                 }
             }
-            () = late => tracing::warn!("requests of the plugin were cut off at shutdown"),
+        }
+        stop.cancel();
+        let rest = async { while open.join_next().await.is_some() {} };
+        if tokio::time::timeout(GRACE, rest).await.is_err() {
+            tracing::warn!("requests of the plugin were cut off at shutdown");
         }
     }
-}
 
-/// Who is at the other end.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Peer {
-    /// Its process, by our PID namespace's number; none where it has none there.
-    pub pid: Option<u32>,
-}
-
-impl Connected<IncomingStream<'_, Listener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
-        *stream.remote_addr()
-    }
-}
-
-impl axum::serve::Listener for Listener {
-    type Io = UnixStream;
-    type Addr = Peer;
-
-    async fn accept(&mut self) -> (UnixStream, Peer) {
+    /// The next connection of somebody who may have one.
+    async fn accept(&self) -> (UnixStream, Peer) {
         loop {
             let error = match self.socket.accept().await {
                 Ok((stream, _unnamed)) => match stream.peer_cred() {
@@ -151,11 +139,32 @@ impl axum::serve::Listener for Listener {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
+}
 
-    fn local_addr(&self) -> io::Result<Peer> {
-        let pid = Some(std::process::id());
-        Ok(Peer { pid })
+/// Serves one connection. A request that is begun has to be asked in time; how long the answer takes is for the routes.
+async fn converse(stream: UnixStream, peer: Peer, app: Router, stop: CancellationToken) {
+    let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(ConnectInfo(peer));
+        app.clone().call(request)
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        // The peer's end of it is the peer's business.
+        _ = connection.as_mut() => return,
+        () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
     }
+    let _ended = connection.await;
+}
+
+/// Who is at the other end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Peer {
+    /// Its process, by our PID namespace's number; none where it has none there.
+    pub pid: Option<u32>,
 }
 
 impl Drop for Listener {
