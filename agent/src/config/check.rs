@@ -55,21 +55,6 @@ pub(super) fn check(config: &Config, found: &mut Resolver<'_>) {
             "set it to 256 at most",
         );
     }
-    if config.otlp_endpoint.is_some() {
-        found.warn("otlp-endpoint is set, and this build sends no traces: leave it out".to_owned());
-    }
-    if let Some(endpoint) = &config.otlp_endpoint
-        && endpoint
-            .parse::<http::Uri>()
-            .ok()
-            .is_none_or(|uri| uri.host().is_none() || uri.scheme().is_none())
-    {
-        found.wrong(
-            "otlp-endpoint",
-            format!("`{endpoint}` is no URL"),
-            "set it to http://HOST:4317",
-        );
-    }
 }
 
 fn node(config: &Config, found: &mut Resolver<'_>) {

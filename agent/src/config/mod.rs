@@ -177,8 +177,6 @@ settings! {
     daemonset_namespace: Option<String> = None, "daemonset-namespace", or "POD_NAMESPACE";
     /// Take the plugin and its configuration away at every shutdown, even one for an upgrade.
     disable_safe_upgrade: bool = false, "disable-safe-upgrade", or "AMBIENT_DISABLE_SAFE_UPGRADE";
-    /// Collector to send traces to, by OTLP over gRPC: http://HOST:4317.
-    otlp_endpoint: Option<String> = None, "otlp-endpoint";
 }
 
 impl Config {

@@ -121,6 +121,14 @@ fn cure(path: &Path, cause: &io::Error) -> String {
             )
         }
         Some(libc::EACCES | libc::EPERM) => {
+            if let Some((there, owner)) = foreign(path) {
+                return format!(
+                    "{} belongs to user {owner}, and the agent goes without the capability to pass over others' permissions: \
+                     `chown root {}`, as container runtimes expect it to be",
+                    there.display(),
+                    there.display()
+                );
+            }
             "run as root; if it is root already, the file or its directory may be immutable (`lsattr -d` shows it, `chattr -i` \
              undoes it) or a security module forbids it"
                 .to_owned()
@@ -132,6 +140,21 @@ fn cure(path: &Path, cause: &io::Error) -> String {
         Some(libc::ELOOP) => "its symbolic links lead in a circle: remove them".to_owned(),
         _ => String::new(),
     }
+}
+
+/// What of `path` and its directory is there and belongs to somebody else than this process, which is root's.
+fn foreign(path: &Path) -> Option<(PathBuf, u32)> {
+    use std::os::unix::fs::MetadataExt as _;
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    [Some(path), path.parent()]
+        .into_iter()
+        .flatten()
+        .find_map(|p| {
+            let owner = fs::metadata(p).ok()?.uid();
+            (owner != 0).then(|| (p.to_owned(), owner))
+        })
 }
 
 /// The mount of `table` (as /proc/self/mountinfo) below which `path` lies.

@@ -73,7 +73,16 @@ pub(super) fn write(
     if let Some((uid, gid)) = owner {
         let metadata = file.metadata().map_err(failed)?;
         if (metadata.uid(), metadata.gid()) != (uid, gid) {
-            fchown(file, Some(uid), Some(gid)).map_err(failed)?;
+            match fchown(file, Some(uid), Some(gid)) {
+                // The agent has given CAP_CHOWN up. Runtimes read configurations as root, whoever owns them; a pod that
+                // starts outside the mesh is worse than an owner that changes.
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => tracing::warn!(
+                    file = %target.display(),
+                    "it belonged to user {uid}, group {gid}, and to {} from now on: this process may not give files away;                      `chown {uid}:{gid}` it if somebody but root has to write it",
+                    metadata.uid()
+                ),
+                other => other.map_err(failed)?,
+            }
         }
     }
     // Not left to the umask; and after the owner, whose change clears bits.

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::TcpStream,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::PathBuf,
     time::Duration,
 };
@@ -53,13 +54,18 @@ impl Host {
             &decisions,
             "--zds-socket",
             &zds,
-            "--cni-install=false",
             "--probe-source",
             "none",
             "--dns-capture=false",
         ];
+        let install = more.iter().any(|a| a.starts_with("--cni-install"));
+        let no_install: &[&str] = if install {
+            &[]
+        } else {
+            &["--cni-install=false"]
+        };
         self.lab
-            .culvert_spawn_as(creds, &[&args[..], more].concat())
+            .culvert_spawn_as(creds, &[&args[..], no_install, more].concat())
     }
 
     fn status(&self, more: &[&str]) -> Result<CulvertOutput> {
@@ -255,6 +261,69 @@ fn an_agent_that_cannot_work_says_why_and_ends() {
     }
     first.term().unwrap();
     assert!(first.wait(LONG).unwrap().success());
+}
+
+#[test]
+fn a_configuration_of_another_user_is_edited_and_one_that_cannot_be_is_said() {
+    let host = Host::new("operation-owner").unwrap();
+    let conf = host.dir.join("net.d");
+    let file = conf.join("10-bridge.conflist");
+    let list = r#"{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "bridge"}]}"#;
+    fs::create_dir_all(&conf).unwrap();
+    fs::write(&file, list).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    chown(&file, Some(1000), Some(1000)).unwrap();
+    let (confs, bins) = (conf.display().to_string(), host.at("bin"));
+    let plugin = host.at("plugin");
+    fs::write(&plugin, "#!/bin/true").unwrap();
+    let install = [
+        "--cni-install=true",
+        "--cni-conf-dir",
+        &confs,
+        "--cni-bin-dir",
+        &bins,
+        "--plugin-binary",
+        &plugin,
+    ];
+    // Exactly the listed ones: neither CAP_CHOWN nor CAP_DAC_OVERRIDE.
+    let creds = || Creds::RootWith(NEEDED.iter().fold(0, |set, n| set | 1 << n.bit()));
+    let agent = host.agent(creds(), &install).unwrap();
+    host.wait_ready().unwrap();
+    let edited = fs::read_to_string(&file).unwrap();
+    assert!(edited.contains("culvert-cni"), "{edited}");
+    assert_eq!(fs::metadata(&file).unwrap().uid(), 0);
+    assert!(
+        agent.stderr().contains("chown 1000:1000"),
+        "{}",
+        agent.stderr()
+    );
+    agent.term().unwrap();
+    assert!(agent.wait(LONG).unwrap().success());
+
+    // Nothing can be written there, whatever the agent does.
+    fs::write(&file, list).unwrap();
+    chown(&conf, Some(1000), Some(1000)).unwrap();
+    let agent = host.agent(creds(), &install).unwrap();
+    let status = || -> Result<String> {
+        let status = host.status(&["-o", "json"])?.json()?;
+        let tasks = status["readiness"]["tasks"].as_array().cloned();
+        let mut tasks = tasks.unwrap_or_default().into_iter();
+        let task = tasks.find(|t| t["name"] == "cni-installed");
+        Ok(task.map_or_else(String::new, |t| {
+            t["reason"].as_str().unwrap_or_default().to_owned()
+        }))
+    };
+    let cure = format!(
+        "belongs to user 1000, and the agent goes without the capability to pass over others' permissions: `chown root {confs}`"
+    );
+    eventually("the installer says what to do", || {
+        status().map(|why| why.contains(&cure)).or(Ok(false))
+    })
+    .unwrap_or_else(|e| panic!("{e:#}: {:?}", status()));
+    chown(&conf, Some(0), Some(0)).unwrap();
+    host.wait_ready().unwrap();
+    agent.term().unwrap();
+    assert!(agent.wait(LONG).unwrap().success());
 }
 
 #[test]
