@@ -12,6 +12,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::plan::{network_policy::Ports, selector::LabelSelector};
+
 /// `metadata.uid` of a pod.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -131,6 +133,17 @@ pub struct Namespace {
     pub annotations: BTreeMap<String, String>,
 }
 
+/// A NetworkPolicy, as far as it tells who is cut off.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NetworkPolicy {
+    /// Whom it selects.
+    pub pods: LabelSelector,
+    /// Rules for what comes in; none where it says nothing about that.
+    pub inbound: Option<Vec<Ports>>,
+    /// Rules for what goes out, likewise.
+    pub outbound: Option<Vec<Ports>>,
+}
+
 /// All that is watched, as it is now.
 #[derive(Clone, Debug, Default)]
 pub struct Cluster {
@@ -144,6 +157,8 @@ pub struct Cluster {
     pub opted_in_listed: bool,
     /// Namespaces in which a pod, on whatever node, asks for the mesh by its own label; with how many do.
     pub opted_in: BTreeMap<String, usize>,
+    /// NetworkPolicies by namespace and name.
+    pub policies: BTreeMap<String, BTreeMap<String, NetworkPolicy>>,
 }
 
 /// What the pod's annotation tells istiod.

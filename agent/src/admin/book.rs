@@ -62,6 +62,19 @@ impl Book {
         self.one(name, stability, help, Gauge::default())
     }
 
+    pub(super) fn gauges<L: Labels>(
+        &mut self,
+        name: &str,
+        stability: Stability,
+        help: &str,
+    ) -> Family<L, Gauge> {
+        let family = self.one(name, stability, help, Family::<L, Gauge>::default());
+        for labels in L::every() {
+            drop(family.get_or_create(&labels));
+        }
+        family
+    }
+
     pub(super) fn counters<L: Labels>(
         &mut self,
         name: &str,

@@ -6,6 +6,8 @@ use prometheus_client::encoding::{
     EncodeLabel, EncodeLabelKey, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder,
 };
 
+use crate::{kernel::verify, plan::cilium};
+
 /// A label whose values are known beforehand.
 pub trait Closed: Copy + Eq + std::hash::Hash + fmt::Debug + Send + Sync + 'static {
     /// The label's name.
@@ -81,6 +83,30 @@ macro_rules! labels {
     )+ };
 }
 
+impl From<verify::Kind> for RepairKind {
+    fn from(kind: verify::Kind) -> Self {
+        match kind {
+            verify::Kind::Program | verify::Kind::Dns => Self::NodePrograms,
+            verify::Kind::Entry => Self::Enrolment,
+            verify::Kind::Link => Self::Program,
+            verify::Kind::Rule => Self::Rules,
+            verify::Kind::Route => Self::Routes,
+            verify::Kind::Address => Self::Addresses,
+            verify::Kind::Sysctl => Self::Sysctls,
+        }
+    }
+}
+
+impl From<cilium::Setting> for CiliumSetting {
+    fn from(setting: cilium::Setting) -> Self {
+        match setting {
+            cilium::Setting::Ztunnel => Self::Ztunnel,
+            cilium::Setting::CniExclusive => Self::CniExclusive,
+            cilium::Setting::SocketLb => Self::SocketLb,
+        }
+    }
+}
+
 labels! {
     /// What the plugin asked for.
     CniCommand, "command" {
@@ -124,14 +150,20 @@ labels! {
         NodePrograms = "node_programs",
         /// ztunnel's listeners.
         Listeners = "listeners",
-        /// Settings of the pod in the maps.
-        Policy = "policy",
         /// The annotation.
         Annotation = "annotation",
-        /// What ztunnel knows.
-        Ztunnel = "ztunnel",
         /// Something of ours that belongs to no pod.
         Leftover = "leftover",
+    }
+
+    /// What is wrong with Cilium.
+    CiliumSetting, "setting" {
+        /// It captures for a ztunnel itself.
+        Ztunnel = "ztunnel",
+        /// It puts our configuration aside.
+        CniExclusive = "cni_exclusive",
+        /// Its socket load balancing answers pods.
+        SocketLb = "socket_lb",
     }
 
     /// Why a pod was let go.
@@ -148,7 +180,7 @@ labels! {
         Kernel = "kernel",
         /// From then until ztunnel has acknowledged.
         Ztunnel = "ztunnel",
-        /// Both, and the waiting between.
+        /// Both, without the waiting between.
         Total = "total",
     }
 

@@ -16,7 +16,10 @@ use super::{
         Book, Histograms,
         Stability::{Stable, Unstable},
     },
-    labels::{By, CniCommand, Labels, Outcome, RepairKind, Stage, UnenrolReason, ZdsOutcome},
+    labels::{
+        By, CiliumSetting, CniCommand, Labels, Outcome, RepairKind, Stage, UnenrolReason,
+        ZdsOutcome,
+    },
     sources::Sources,
     verdicts::Verdicts,
 };
@@ -46,8 +49,6 @@ pub struct Metrics {
     pub unenrolments: Family<By<UnenrolReason>, Counter>,
     /// Repairs.
     pub repairs: Family<By<RepairKind>, Counter>,
-    /// Second and later tries of whatever failed.
-    pub retries: Counter,
     /// Rounds of the reconcile loop.
     pub reconcile_rounds: Counter,
     /// Connections of ztunnels that were taken.
@@ -58,6 +59,8 @@ pub struct Metrics {
     pub zds_messages: Family<By<ZdsOutcome>, Counter>,
     /// Writes of the redirection annotation.
     pub annotation_writes: Family<By<Outcome>, Counter>,
+    /// 1 for each setting of Cilium's that is wrong.
+    pub cilium_findings: Family<By<CiliumSetting>, Gauge>,
     pub(super) verdicts: Arc<Verdicts>,
     pub(super) sources: Sources,
     registry: Registry,
@@ -132,11 +135,6 @@ impl Metrics {
                 Stable,
                 "What was found not as it should be, and put right",
             ),
-            retries: book.counter(
-                "culvert_retries",
-                Unstable,
-                "Second and later tries of what had failed",
-            ),
             reconcile_rounds: book.counter(
                 "culvert_reconcile_rounds",
                 Unstable,
@@ -157,6 +155,11 @@ impl Metrics {
                 "culvert_annotation_writes",
                 Stable,
                 "Writes of the annotation ambient.istio.io/redirection",
+            ),
+            cilium_findings: book.gauges(
+                "culvert_cilium_findings",
+                Stable,
+                "1 for each setting of Cilium that the mesh cannot live with; the node's events say what to do",
             ),
             sources: Sources::register(&mut book),
             verdicts: Arc::clone(&verdicts),

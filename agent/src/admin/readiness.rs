@@ -18,7 +18,8 @@ pub struct Readiness(Arc<Mutex<Vec<Entry>>>);
 #[derive(Debug)]
 struct Entry {
     name: &'static str,
-    state: Result<(), String>,
+    /// With what deserves attention all the same, or why not.
+    state: Result<String, String>,
     since: Instant,
 }
 
@@ -36,7 +37,7 @@ pub struct TaskReport {
     pub name: String,
     /// Done, or in order.
     pub ready: bool,
-    /// Why it is not; empty when it is.
+    /// Why it is not; when it is, what deserves attention all the same, mostly nothing.
     pub reason: String,
     /// For how long it has been so.
     pub for_seconds: u64,
@@ -77,7 +78,9 @@ impl Readiness {
         let report = |e: &Entry| TaskReport {
             name: e.name.to_owned(),
             ready: e.state.is_ok(),
-            reason: e.state.as_ref().err().cloned().unwrap_or_default(),
+            reason: match &e.state {
+                Ok(text) | Err(text) => text.clone(),
+            },
             for_seconds: e.since.elapsed().as_secs(),
         };
         let tasks: Vec<TaskReport> = entries.iter().map(report).collect();
@@ -91,7 +94,12 @@ impl Readiness {
 impl Task {
     /// It is in order.
     pub fn set_ready(&self) {
-        self.set(Ok(()));
+        self.set(Ok(String::new()));
+    }
+
+    /// It is in order, and something deserves attention; nothing does when that is empty.
+    pub fn set_ready_but(&self, attention: impl Into<String>) {
+        self.set(Ok(attention.into()));
     }
 
     /// It is not, and why.
@@ -99,7 +107,7 @@ impl Task {
         self.set(Err(reason.into()));
     }
 
-    fn set(&self, state: Result<(), String>) {
+    fn set(&self, state: Result<String, String>) {
         let mut entries = self
             .readiness
             .0
@@ -112,7 +120,7 @@ impl Task {
             return;
         }
         match &state {
-            Ok(()) => tracing::info!(task = self.name, "ready"),
+            Ok(attention) => tracing::info!(task = self.name, attention, "ready"),
             Err(reason) => tracing::warn!(task = self.name, %reason, "not ready"),
         }
         if entry.state.is_ok() != state.is_ok() {

@@ -128,7 +128,8 @@ fn table(report: &StatusReport) -> String {
             "NOT READY"
         }
     );
-    for task in report.readiness.tasks.iter().filter(|t| !t.ready) {
+    let tasks = report.readiness.tasks.iter();
+    for task in tasks.filter(|t| !t.ready || !t.reason.is_empty()) {
         let _ = writeln!(
             text,
             "  {}: {} (for {})",

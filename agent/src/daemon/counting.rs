@@ -5,11 +5,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admin::{
-        Liveness, Metrics,
-        labels::{By, RepairKind},
-        status::PodState,
-    },
+    admin::{Liveness, Metrics, labels::By, status::PodState},
     kernel::{Node, track},
     reconcile::{Reconciler, live::Live},
 };
@@ -22,8 +18,9 @@ pub(super) fn tracked(metrics: &Metrics, event: &track::Event) {
         }
         track::Event::Repaired { cookie, repairs } => {
             for repair in repairs {
-                metrics.repairs.get_or_create(&By(kind(repair))).inc();
+                metrics.repairs.get_or_create(&By(repair.kind.into())).inc();
             }
+            let repairs: Vec<&str> = repairs.iter().map(|r| r.what.as_str()).collect();
             tracing::warn!(%cookie, repairs = repairs.join("; "), "something of ours was changed in the pod and is as it was");
         }
         track::Event::Gone { .. } => {}
@@ -31,23 +28,6 @@ pub(super) fn tracked(metrics: &Metrics, event: &track::Event) {
             tracing::warn!(%cookie, %error, "keeping the pod up to date; it is tried again");
         }
     }
-}
-
-/// Which kind of repair a sentence tells of.
-pub(crate) fn kind(repair: &str) -> RepairKind {
-    let words = [
-        ("rule", RepairKind::Rules),
-        ("route", RepairKind::Routes),
-        ("sysctl", RepairKind::Sysctls),
-        ("/", RepairKind::Sysctls),
-        ("address", RepairKind::Addresses),
-        ("culvert_enter", RepairKind::Program),
-        ("not enrolled", RepairKind::Enrolment),
-    ];
-    words
-        .into_iter()
-        .find(|(word, _)| repair.contains(word))
-        .map_or(RepairKind::Enrolment, |(_, kind)| kind)
 }
 
 /// After each pass: how many pods stand how, and that the loop lives.

@@ -3,6 +3,7 @@
 //! Decides nothing about pods. What a part cannot do without, it fails for at once, with the cure; what may come later
 //! (the API server, ztunnel, the CNI configuration) is waited for under a name in /readyz.
 
+mod cilium;
 mod counting;
 mod installing;
 mod probes;
@@ -16,7 +17,10 @@ use anyhow::{Context as _, Result};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    admin::{self, Admin, Liveness, LogControl, Metrics, Readiness, Shutdown},
+    admin::{
+        self, Admin, Liveness, LogControl, Metrics, Readiness, Shutdown,
+        labels::{By, RepairKind},
+    },
     cni_server,
     config::{Config, DnsScope, Loaded},
     kernel::{LoadOptions, Netns, Node, pod, track},
@@ -30,6 +34,9 @@ use crate::{
 const MISSED_PASSES: u32 = 6;
 /// After this long without a list of pods, those that were captured before are taken up without one.
 const RESTORE_AFTER: Duration = Duration::from_secs(5);
+
+/// How often readiness learns how the watch stands.
+const LOOK_AT_WATCH: Duration = Duration::from_millis(500);
 
 /// Runs the agent until it is told to stop.
 pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
@@ -60,16 +67,31 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     programs.set_not_ready("not loaded yet");
 
     probes::check(&config)?;
-    let (node, home) = load(&config).await?;
-    let _kubelet = probes::follow(&config, &node)?;
-    programs.set_ready();
     let settings = settings(&config)?;
     let source = Arc::new(source(&config, &settings).await?);
+    cilium::refuse(&source).await?;
+    let (node, home, leftovers) = load(&config).await?;
+    metrics
+        .repairs
+        .get_or_create(&By(RepairKind::Leftover))
+        .inc_by(u64::try_from(leftovers).unwrap_or(0));
+    let _kubelet = probes::follow(&config, &node)?;
+    programs.set_ready();
     let cluster = source.subscribe();
     tasks.spawn(until(end.clone(), {
         let source = Arc::clone(&source);
         async move { source.run().await }
     }));
+
+    if config.pods.is_none() {
+        tasks.spawn(cilium::keep(
+            Arc::clone(&source),
+            Arc::clone(&node),
+            Arc::clone(&metrics),
+            readiness.task("cilium"),
+            end.clone(),
+        ));
+    }
 
     let named = ztunnels::can_be_named();
     let (zds, events) = ztunnels::serve(&config, Arc::clone(&node), named)?;
@@ -119,7 +141,11 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     });
     tasks.spawn(until(
         end.clone(),
-        open_zds(reconciler.clone(), zds.clone(), listed),
+        open_zds(reconciler.clone(), zds.clone()),
+    ));
+    tasks.spawn(until(
+        end.clone(),
+        show_watch(reconciler.clone(), Arc::clone(&source), listed),
     ));
     let decisions = readiness.task("decision-file");
     decisions.set_ready();
@@ -196,8 +222,8 @@ async fn until(end: CancellationToken, work: impl Future<Output = ()>) {
     }
 }
 
-/// The node's programs, this build's; and the cookie of the node's own namespace.
-async fn load(config: &Config) -> Result<(Arc<Node>, u64)> {
+/// The node's programs, this build's; the cookie of the node's own namespace; how many leftovers were cleared away.
+async fn load(config: &Config) -> Result<(Arc<Node>, u64, usize)> {
     let options = LoadOptions {
         bpffs: config.bpffs.clone(),
         cgroup_root: config.cgroup_root.clone(),
@@ -209,7 +235,7 @@ async fn load(config: &Config) -> Result<(Arc<Node>, u64)> {
         let collected = pod::collect(&node)?;
         tracing::info!(adopted = report.adopted, collected, "programs loaded");
         let home = Netns::current()?.cookie().0;
-        Ok::<_, crate::kernel::Error>((Arc::new(node), home))
+        Ok::<_, crate::kernel::Error>((Arc::new(node), home, collected))
     })
     .await?
     .context("loading the programs")
@@ -227,7 +253,7 @@ fn settings(config: &Config) -> Result<Settings> {
         system_namespace: config.system_namespace.clone(),
         dns: config.dns_capture,
         ipv6: config.ipv6,
-        ..Settings::default()
+        sandboxed_runtime_classes: config.sandboxed_runtime_classes.0.clone(),
     })
 }
 
@@ -248,7 +274,7 @@ async fn source(config: &Config, settings: &Settings) -> Result<Source> {
 }
 
 /// Lets ztunnel be answered as soon as it is known whom it has to serve.
-async fn open_zds(reconciler: Reconciler<Live>, zds: zds::Server, listed: crate::admin::Task) {
+async fn open_zds(reconciler: Reconciler<Live>, zds: zds::Server) {
     let mut settled = reconciler.settled();
     let known = tokio::time::timeout(RESTORE_AFTER, settled.wait_for(|s| *s))
         .await
@@ -257,7 +283,24 @@ async fn open_zds(reconciler: Reconciler<Live>, zds: zds::Server, listed: crate:
         reconciler.restore().await;
     }
     zds.open();
-    if settled.wait_for(|s| *s).await.is_ok() {
-        listed.set_ready();
+}
+
+/// Says how the watch stands: not ready until all has been listed once; interrupted later, what is known stays valid.
+async fn show_watch(reconciler: Reconciler<Live>, source: Arc<Source>, task: admin::Task) {
+    let settled = reconciler.settled();
+    loop {
+        let trouble = match &*source {
+            Source::Api(api) => api.stats().trouble(),
+            Source::Manifests(_) => None,
+        };
+        if *settled.borrow() {
+            task.set_ready_but(trouble.unwrap_or_default());
+        } else {
+            let why = trouble.map_or_else(String::new, |why| format!(": {why}"));
+            task.set_not_ready(format!(
+                "pods and namespaces have not been listed yet, or members not looked for{why}"
+            ));
+        }
+        tokio::time::sleep(LOOK_AT_WATCH).await;
     }
 }

@@ -4,15 +4,16 @@
 //! ABI version and puts its programs behind the existing links; between the old program and the new there
 //! is no moment without one.
 
+mod attach;
+
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    time::Instant,
 };
 
-use culvert_ebpf::abi::{ABI_VERSION, Config, PROBES_NODE, maps as map_names, programs as names};
+use culvert_ebpf::abi::{ABI_VERSION, Config, PROBES_NODE, maps as map_names};
 use serde::Serialize;
 
 use super::{
@@ -20,7 +21,7 @@ use super::{
     error::{Error, Result},
     maps::Maps,
     netns::Netns,
-    object::{self, ATTACH_SETSOCKOPT, ATTACH_SOCK_CREATE, ATTACH_SOCK_OPS, Programs},
+    object::{self, Programs},
     pins::{self, Lock, Pins},
     preflight, sys,
 };
@@ -272,15 +273,11 @@ impl Node {
         };
         // Before any pod can jump there.
         report.programs.push(node.place_steer(current)?);
-        report
-            .programs
-            .push(node.attach(names::CONNECT, ATTACH_SOCK_OPS, cgroup, current)?);
-        report
-            .programs
-            .push(node.attach(names::SOCKOPT, ATTACH_SETSOCKOPT, cgroup, current)?);
-        report
-            .programs
-            .push(node.attach(names::VOUCH, ATTACH_SOCK_CREATE, cgroup, current)?);
+        for (name, kind) in attach::ATTACHED {
+            report
+                .programs
+                .push(node.attach(name, kind, cgroup, current)?);
+        }
         report.programs.push(node.check_enter()?);
         report.dns = dns::reload(&node, current)?;
         if !adopted {
@@ -296,27 +293,6 @@ impl Node {
             node.maps.config.set(&0, &config)?;
         }
         Ok((node, report))
-    }
-
-    /// Puts back what somebody took away of the node's programs. What another build put there and what runs is left
-    /// alone.
-    pub fn mend(&self) -> Result<()> {
-        let Some(cgroup) = &self.cgroup else {
-            return Ok(());
-        };
-        let _lock = self.lock()?;
-        self.place_steer(true)?;
-        for (name, kind) in [
-            (names::CONNECT, ATTACH_SOCK_OPS),
-            (names::SOCKOPT, ATTACH_SETSOCKOPT),
-            (names::VOUCH, ATTACH_SOCK_CREATE),
-        ] {
-            self.attach(name, kind, cgroup, true)?;
-        }
-        if dns::wanted(self)? {
-            dns::ensure(self)?;
-        }
-        Ok(())
     }
 
     /// The maps.
@@ -359,109 +335,6 @@ impl Node {
     pub(super) fn dns_place(&self) -> &dns::Place {
         &self.dns
     }
-
-    /// Makes sure that this build's program is attached there, pinned, and nowhere else.
-    pub(super) fn attach(
-        &self,
-        name: &'static str,
-        kind: u32,
-        cgroup: &File,
-        current: bool,
-    ) -> Result<ProgramReport> {
-        let path = self.pins.link(name);
-        let existing = sys::obj_get(&path).ok();
-        if let Some(link) = &existing
-            && current
-            && let Ok(info) = sys::cgroup_link_info(link.as_fd())
-            && info.target == cgroup_id(cgroup)?
-            && let Ok(prog) = sys::prog_by_id(info.prog_id)
-        {
-            return report(name, &prog, ProgramAction::Kept, None);
-        }
-        let started = Instant::now();
-        let prog = self.programs.load_node(name)?;
-        let took = started.elapsed();
-        let mut action = ProgramAction::Loaded;
-        let same_place = |link: &OwnedFd| {
-            let id = cgroup_id(cgroup).ok();
-            sys::cgroup_link_info(link.as_fd()).is_ok_and(|info| Some(info.target) == id)
-        };
-        match existing {
-            Some(link) if same_place(&link) => {
-                action = ProgramAction::Replaced;
-                sys::link_update(link.as_fd(), prog.as_fd())
-                    .map_err(|e| Error::system("replace program", name, e))?;
-            }
-            elsewhere => {
-                // With two places a query would run through both, and the second take it for one that asks ztunnel by
-                // itself. Without any it goes to its resolver.
-                if let Some(link) = elsewhere
-                    && names::DNS_QUERIES.contains(&name)
-                {
-                    sys::link_detach(link.as_fd())
-                        .map_err(|e| Error::system("detach program", name, e))?;
-                }
-                // Attached elsewhere, or not at all: the new link takes the old one's pin.
-                // What names an address must see it before others replace it.
-                let create = if names::DNS.iter().any(|(dns, _)| *dns == name) {
-                    sys::link_create_first
-                } else {
-                    sys::link_create
-                };
-                let link = create(prog.as_fd(), cgroup.as_fd(), kind).map_err(|e| {
-                    Error::system("attach program", name, e).cured_by(
-                        "another program may be attached there exclusively: `bpftool cgroup show DIR` names it",
-                    )
-                })?;
-                let scratch = self.pins.scratch()?;
-                let temporary = scratch.join(name);
-                let pinned = sys::obj_pin(link.as_fd(), &temporary)
-                    .map_err(|e| Error::system("pin link", temporary.display(), e))
-                    .and_then(|()| pins::remove(&path))
-                    .and_then(|()| pins::publish(&temporary, &path));
-                pins::remove(&scratch)?;
-                pinned?;
-            }
-        }
-        report(name, &prog, action, Some(took))
-    }
-
-    /// Puts this build's `culvert_steer` behind every pod's jump, all at once.
-    fn place_steer(&self, current: bool) -> Result<ProgramReport> {
-        let existing = self.maps.steer.get(&0)?;
-        if let Some(id) = existing
-            && current
-            && let Ok(prog) = sys::prog_by_id(id)
-        {
-            return report(names::STEER, &prog, ProgramAction::Kept, None);
-        }
-        let started = Instant::now();
-        let prog = self.programs.load_node(names::STEER)?;
-        let took = started.elapsed();
-        self.maps.steer.set(&0, &prog.as_raw_fd().unsigned_abs())?;
-        let action = if existing.is_some() {
-            ProgramAction::Replaced
-        } else {
-            ProgramAction::Loaded
-        };
-        report(names::STEER, &prog, action, Some(took))
-    }
-
-    /// Loads the part that each pod gets a copy of, to see that it passes.
-    fn check_enter(&self) -> Result<ProgramReport> {
-        let started = Instant::now();
-        let prog = self.programs.load_enter(0)?;
-        let took = Some(started.elapsed());
-        report(names::ENTER, &prog, ProgramAction::Checked, took)
-    }
-
-    /// Loads a program that is attached later, to see that it passes.
-    pub(super) fn check(&self, name: &'static str) -> Result<ProgramReport> {
-        let started = Instant::now();
-        let prog = self.programs.load_node(name)?;
-        let took = Some(started.elapsed());
-        report(name, &prog, ProgramAction::Checked, took)
-    }
 }
 
 /// Removes programs, links and maps. With pods enrolled only if forced: they would lose capture.
@@ -485,38 +358,4 @@ pub fn unload(bpffs: &Path, force: bool) -> Result<bool> {
     pins.clear()?;
     pins::remove(pins.root())?;
     Ok(true)
-}
-
-fn cgroup_id(dir: &File) -> Result<u64> {
-    use std::os::unix::fs::MetadataExt;
-    // On 64-bit kernels a cgroup's id is its inode.
-    dir.metadata()
-        .map(|m| m.ino())
-        .map_err(|e| Error::system("examine", "the cgroup", e))
-}
-
-fn report(
-    name: &'static str,
-    prog: &OwnedFd,
-    action: ProgramAction,
-    took: Option<std::time::Duration>,
-) -> Result<ProgramReport> {
-    let info =
-        sys::prog_info(prog.as_fd()).map_err(|e| Error::system("examine program", name, e))?;
-    Ok(ProgramReport {
-        name,
-        kind: match name {
-            names::CONNECT => "sock_ops",
-            names::SOCKOPT => "cgroup/setsockopt",
-            names::VOUCH => "cgroup/sock_create",
-            names::ENTER | names::STEER => "sk_lookup",
-            _ => "cgroup/sock_addr",
-        },
-        action,
-        tag: info.tag.iter().map(|b| format!("{b:02x}")).collect(),
-        bytes_xlated: info.xlated_len,
-        bytes_jited: info.jited_len,
-        verified_instructions: info.verified_insns,
-        load_time_us: took.map(|t| u64::try_from(t.as_micros()).unwrap_or(u64::MAX)),
-    })
 }

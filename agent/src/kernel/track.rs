@@ -26,6 +26,7 @@ use super::{
     netns::{Netns, NetnsCookie},
     node::Node,
     pod, process, sysctl,
+    verify::Repair,
 };
 
 /// What happened to a pod under watch.
@@ -43,7 +44,7 @@ pub enum Event {
         /// Which pod.
         cookie: NetnsCookie,
         /// Each repair.
-        repairs: Vec<String>,
+        repairs: Vec<Repair>,
     },
     /// It is not enrolled, and not watched any more.
     Gone {

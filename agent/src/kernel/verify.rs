@@ -46,6 +46,16 @@ pub enum Kind {
     Sysctl,
 }
 
+impl Kind {
+    /// What a step of a plan is about.
+    pub(super) fn of(step: &Step) -> Self {
+        match step {
+            Step::AddRule(_) | Step::DelRule(_) => Self::Rule,
+            Step::AddRoute(_) | Step::DelRoute(_) => Self::Route,
+        }
+    }
+}
+
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
@@ -55,6 +65,21 @@ pub struct Problem {
     pub kind: Kind,
     /// In words.
     pub what: String,
+}
+
+/// Something of ours that was gone or changed, and is as it should be again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repair {
+    /// What kind of thing.
+    pub kind: Kind,
+    /// In words.
+    pub what: String,
+}
+
+impl std::fmt::Display for Repair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.what)
+    }
 }
 
 impl Problem {
@@ -164,12 +189,8 @@ pub(super) fn compare(
     };
     let mut problems = Vec::new();
     for step in plan::enrol(observed, &pod::virtual_names(&entry, observed)) {
-        let kind = match step {
-            Step::AddRule(_) | Step::DelRule(_) => Kind::Rule,
-            Step::AddRoute(_) | Step::DelRoute(_) => Kind::Route,
-        };
         problems.push(problem(
-            kind,
+            Kind::of(&step),
             format!("to do: {step}; attach again, or run `culvert netns watch`"),
         ));
     }

@@ -6,9 +6,9 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::world::{Failure, Target};
+use super::world::{Failure, Notice, Target};
 use crate::{
-    kernel::pod::Policy,
+    kernel::{pod::Policy, verify},
     model::Redirection,
     plan::pod::{Kernel, Observed, Wish, Ztunnel},
 };
@@ -30,8 +30,8 @@ pub(super) struct Entry<P> {
     pub(super) sandbox: Option<String>,
     /// As what the kernel captures it now; none = it does not.
     pub(super) captured: Option<Policy>,
-    /// Something of the kernel's side is missing.
-    pub(super) broken: bool,
+    /// Something of this kind is missing on the kernel's side.
+    pub(super) broken: Option<verify::Kind>,
     pub(super) draining: usize,
     pub(super) ztunnel: Ztunnel,
     pub(super) annotation: Option<Redirection>,
@@ -39,6 +39,8 @@ pub(super) struct Entry<P> {
     pub(super) shown_annotation: Option<Redirection>,
     /// `status.podIPs`: with these the namespace is confirmed, and a change of them is a reason to look again.
     pub(super) addresses: BTreeSet<IpAddr>,
+    /// Its addresses changed: it may be in another namespace by now, to be looked for from then on.
+    pub(super) look_again: Option<Instant>,
     pub(super) trouble: Option<Trouble>,
     /// The annotation could not be written.
     pub(super) mute: Option<Trouble>,
@@ -79,12 +81,13 @@ impl<P> Entry<P> {
             place: None,
             sandbox: None,
             captured: None,
-            broken: false,
+            broken: None,
             draining: 0,
             ztunnel: Ztunnel::Untold,
             annotation: None,
             shown_annotation: None,
             addresses: BTreeSet::new(),
+            look_again: None,
             trouble: None,
             mute: None,
             busy: false,
@@ -101,7 +104,7 @@ impl<P> Entry<P> {
     /// The pod's state in the plan's terms.
     pub(super) fn observed(&self, now: Instant) -> Observed {
         let kernel = match &self.captured {
-            Some(policy) if *policy == self.policy && !self.broken => Kernel::In,
+            Some(policy) if *policy == self.policy && self.broken.is_none() => Kernel::In,
             Some(_) => Kernel::Stale,
             None if self.draining > 0 => Kernel::Draining,
             None => Kernel::Out,
@@ -125,12 +128,22 @@ impl<P> Entry<P> {
         [&self.trouble, &self.mute]
             .into_iter()
             .filter_map(|t| t.as_ref()?.again)
+            .chain(self.look_again.filter(|_| self.wish == Wish::In))
             .min()
     }
 
     /// Notes a failure and when to try again.
     pub(super) fn failed(&mut self, failure: Failure, now: Instant) {
         self.trouble = Some(Trouble::after(self.trouble.as_ref(), failure, now));
+    }
+
+    /// What is to be said of a failure: nothing that was said last.
+    pub(super) fn worth_saying(&mut self, failure: &Failure) -> Option<Notice> {
+        let new = self.said.as_ref() != Some(&failure.message);
+        new.then(|| {
+            self.said = Some(failure.message.clone());
+            Notice::Failed(failure.clone())
+        })
     }
 
     /// Notes that the annotation could not be written, which holds up nothing else.
@@ -143,9 +156,10 @@ impl<P> Entry<P> {
         self.place = Some(place);
         self.sandbox = sandbox;
         self.captured = None;
-        self.broken = false;
+        self.broken = None;
         self.draining = 0;
         self.ztunnel = Ztunnel::Untold;
+        self.look_again = None;
         self.trouble = None;
         self.ended = false;
     }

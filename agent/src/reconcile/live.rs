@@ -68,20 +68,34 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Live {
-    /// Says that programs of the node were missing and are back.
-    fn mended(&self, problems: &[verify::Problem]) {
-        if problems.is_empty() {
-            return;
-        }
+    fn repaired(&self, kind: impl Into<RepairKind>) {
         let repairs = &self.metrics.repairs;
-        repairs.get_or_create(&By(RepairKind::NodePrograms)).inc();
-        let what: Vec<&str> = problems.iter().map(|p| p.what.as_str()).collect();
-        let note = format!("programs of the node were repaired: {}", what.join("; "));
+        repairs.get_or_create(&By(kind.into())).inc();
+    }
+
+    /// The node's own programs are not as they were left: nothing is captured that they take part in.
+    async fn mend(&self, problems: &[String]) {
+        let node = Arc::clone(&self.node);
+        let (kind, note) = match blocking(move || node.mend()).await {
+            Ok(mended) => {
+                self.repaired(verify::Kind::Program);
+                let note = format!(
+                    "the node's programs were repaired ({}): {}",
+                    mended.join(", "),
+                    problems.join("; ")
+                );
+                ("CulvertRepaired", note)
+            }
+            Err(failure) => {
+                let note = format!("{}: {failure}", problems.join("; "));
+                ("CulvertProgramsMissing", note)
+            }
+        };
         tracing::warn!("{note}");
         self.source.event(watch::Notice {
             about: watch::About::Node,
             kind: Kind::Warning,
-            reason: "CulvertRepaired",
+            reason: kind,
             action: "Repair",
             note,
         });
@@ -236,7 +250,11 @@ impl World for Live {
             })?;
         let (node, fetch) = (Arc::clone(&self.node), self.fetch);
         // An acknowledgement is ztunnel's word; what counts is whether connections would find it.
-        blocking(move || confirm_listeners(&node, &place, fetch.then_some(acked.pid))).await?;
+        let fetched =
+            blocking(move || confirm_listeners(&node, &place, fetch.then_some(acked.pid))).await?;
+        if fetched {
+            self.repaired(RepairKind::Listeners);
+        }
         Metrics::observe(
             &self.metrics.enrol_duration,
             &By(Stage::Ztunnel),
@@ -272,7 +290,8 @@ impl World for Live {
 
     async fn say(&self, target: &Target, notice: Notice) {
         let (kind, reason, action, note) = match notice {
-            Notice::Enrolled => {
+            Notice::Enrolled(took) => {
+                Metrics::observe(&self.metrics.enrol_duration, &By(Stage::Total), took);
                 self.metrics
                     .enrolments
                     .get_or_create(&By(Outcome::Success))
@@ -288,17 +307,30 @@ impl World for Live {
                 tracing::info!(pod = %target, uid = %target.uid, "out of the mesh");
                 return;
             }
-            Notice::Repaired(what) => {
+            Notice::Ended => {
                 self.metrics
-                    .repairs
-                    .get_or_create(&By(RepairKind::Enrolment))
+                    .unenrolments
+                    .get_or_create(&By(UnenrolReason::Gone))
                     .inc();
+                tracing::info!(pod = %target, uid = %target.uid, "ended, and let go");
+                return;
+            }
+            Notice::Repaired(what) => {
+                self.repaired(what.kind);
                 (
                     Kind::Warning,
                     "CulvertRepaired",
                     "Repair",
                     format!("capture was repaired: {what}"),
                 )
+            }
+            Notice::Reannotated => {
+                self.repaired(RepairKind::Annotation);
+                let note = format!(
+                    "somebody removed the annotation {}, without which peers send plaintext: it is written again",
+                    keys::REDIRECTION
+                );
+                (Kind::Warning, "CulvertRepaired", "Repair", note)
             }
             Notice::Failed(failure) => {
                 let (outcome, then) = match failure.retry {
@@ -320,6 +352,7 @@ impl World for Live {
                 )
             }
             Notice::Refused(why) => (Kind::Warning, "CulvertRefused", "Enrol", why),
+            Notice::CutOff(why) => (Kind::Warning, "CulvertNetworkPolicy", "Enrol", why),
             Notice::Ignored(why) => (Kind::Warning, "CulvertIgnored", "Enrol", why),
         };
         tracing::warn!(pod = %target, uid = %target.uid, reason, "{note}");
@@ -332,29 +365,37 @@ impl World for Live {
         });
     }
 
-    async fn verify(&self, places: Vec<(PodUid, Arc<Netns>)>) -> Vec<(PodUid, String)> {
+    async fn verify(&self, places: Vec<(PodUid, Arc<Netns>)>) -> Vec<(PodUid, verify::Problem)> {
         let node = Arc::clone(&self.node);
         let checked = blocking(move || {
             let cookies: Vec<_> = places.iter().map(|(_, p)| p.cookie()).collect();
             let (of_pods, of_node): (Vec<_>, Vec<_>) = verify::verify_quick(&node, &cookies)?
                 .into_iter()
                 .partition(|problem| problem.cookie.is_some());
-            if !of_node.is_empty() {
-                node.mend()?;
-            }
             let uncaptured = of_node.iter().find(|p| p.kind == verify::Kind::Program);
             let named = places.into_iter().filter_map(|(uid, place)| {
                 let own = of_pods.iter().find(|p| p.cookie == Some(place.cookie()));
                 // Without the node's programs nothing of any pod was captured, and ztunnel's listeners were missed.
                 let problem = own.or(uncaptured)?;
-                Some((uid, problem.what.clone()))
+                let kind = match problem.kind {
+                    verify::Kind::Program => verify::Kind::Entry,
+                    own => own,
+                };
+                let problem = verify::Problem {
+                    kind,
+                    ..problem.clone()
+                };
+                Some((uid, problem))
             });
             let named: Vec<_> = named.collect();
-            Ok((of_node, named))
+            let of_node: Vec<String> = of_node.into_iter().map(|p| p.what).collect();
+            Ok((named, of_node))
         });
         match checked.await {
-            Ok((of_node, named)) => {
-                self.mended(&of_node);
+            Ok((named, of_node)) => {
+                if !of_node.is_empty() {
+                    self.mend(&of_node).await;
+                }
                 named
             }
             Err(failure) => {
@@ -418,8 +459,9 @@ fn workload(target: &Target) -> zds::Workload {
     }
 }
 
-/// Makes sure that the kernel knows ztunnel's listeners in the pod; those it missed are fetched from process `pid`.
-fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Result<()> {
+/// Makes sure that the kernel knows ztunnel's listeners in the pod; those it missed are fetched from process `pid`. True
+/// when that was needed.
+fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Result<bool> {
     let missing = || -> kernel::Result<bool> {
         let known = listeners::registered(node, netns)?;
         let wanted = [role::OUTBOUND, role::INBOUND];
@@ -428,7 +470,7 @@ fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Re
             .all(|r| known.iter().any(|(role, ..)| role == r)))
     };
     if !missing()? {
-        return Ok(());
+        return Ok(false);
     }
     if let Some(pid) = pid {
         listeners::fetch(node, netns, pid)?;
@@ -443,5 +485,5 @@ fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Re
         error.retryable = true;
         return Err(error);
     }
-    Ok(())
+    Ok(true)
 }

@@ -218,16 +218,21 @@ impl<W: World> Reconciler<W> {
 
     /// ztunnel refused a pod.
     pub fn nacked(&self, uid: &PodUid, error: &str) {
+        let failure = Failure {
+            message: format!("ztunnel refused the pod: {error}"),
+            retry: true,
+        };
+        let mut said = None;
         if let Some(entry) = self.entries().get_mut(uid) {
             entry.ztunnel = Ztunnel::Waiting;
-            let message = format!("ztunnel refused the pod: {error}");
-            entry.failed(
-                Failure {
-                    message,
-                    retry: true,
-                },
-                tokio::time::Instant::now(),
-            );
+            said = entry
+                .worth_saying(&failure)
+                .map(|n| (entry.target.clone(), n));
+            entry.failed(failure, tokio::time::Instant::now());
+        }
+        if let Some((target, notice)) = said {
+            let this = self.clone();
+            tokio::spawn(async move { this.inner.world.say(&target, notice).await });
         }
         self.wake();
     }

@@ -17,16 +17,22 @@ use super::{
     world::{Failure, Notice, Target, World},
 };
 use crate::{
-    kernel::pod::Policy,
+    kernel::{pod::Policy, verify},
     model::{Cluster, Pod, PodUid, Redirection, keys},
     plan::{
         membership::{self, Membership, Reason, Waiting},
+        network_policy,
         pod::{Step, Wish, Ztunnel, next},
     },
 };
 
 /// How long a pod that the plugin brought may be missing from the watch.
 const WATCH_LAG: Duration = Duration::from_secs(60);
+
+/// A pod that starts has no process for a moment; one that was not found so often is worth a word.
+const UNFOUND: u32 = 5;
+/// Pause between two looks for a pod whose addresses changed.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// What a pass found to do.
 struct Todo {
@@ -73,9 +79,9 @@ impl<W: World> Reconciler<W> {
             if let Some(entry) = self.entries().get_mut(&uid)
                 && !entry.busy
             {
-                tracing::warn!(pod = %entry.target, %problem, "not as it was left");
-                entry.broken = true;
-                entry.reason = problem;
+                tracing::warn!(pod = %entry.target, problem = problem.what, "not as it was left");
+                entry.broken = Some(problem.kind);
+                entry.reason = problem.what;
             }
         }
         self.adopt().await;
@@ -140,7 +146,7 @@ impl<W: World> Reconciler<W> {
                 entry.move_to(Arc::clone(place), sandbox);
                 // As what it is captured is not known: the attach of a member sets it right.
                 entry.captured = Some(Policy::default());
-                entry.broken = true;
+                entry.broken = Some(verify::Kind::Entry);
                 // Should it have to leave: ztunnel still carries its connections, and lets go of whom no snapshot names.
                 entry.ztunnel = Ztunnel::Waiting;
                 self.inner.world.expect(&entry.target);
@@ -196,6 +202,14 @@ impl<W: World> Reconciler<W> {
         };
         let mut done = Vec::new();
         for (uid, entry) in entries.iter_mut().filter(|(_, e)| !e.busy) {
+            if entry.wish == Wish::In && entry.look_again.is_some_and(|at| at <= now) {
+                entry.busy = true;
+                todo.find.push((
+                    entry.target.clone(),
+                    entry.addresses.iter().copied().collect(),
+                ));
+                continue;
+            }
             match next(entry.wish, entry.observed(now)) {
                 Step::Done => {
                     entry.trouble = None;
@@ -253,13 +267,17 @@ impl<W: World> Reconciler<W> {
         );
         let annotation = redirection(pod);
         let refused = matches!(membership, Membership::Refused(_));
-        let (wish, policy, reason, warnings) = match membership {
-            Membership::In(wanted) => (
-                Some(Wish::In),
-                Some(self.inner.options.policy(&wanted)),
-                String::new(),
-                wanted.warnings,
-            ),
+        let mut cut_off = Vec::new();
+        let (wish, policy, reason, mut warnings) = match membership {
+            Membership::In(wanted) => {
+                if let Some(policies) = cluster.policies.get(&pod.namespace) {
+                    let policies = policies.iter().map(|(name, p)| (name.as_str(), p));
+                    cut_off = network_policy::in_the_way(&pod.labels, policies);
+                }
+                let policy = self.inner.options.policy(&wanted);
+                let reason = String::new();
+                (Some(Wish::In), Some(policy), reason, wanted.warnings)
+            }
             Membership::Wait(why) => (None, None, why.to_string(), Vec::new()),
             Membership::Refused(why) => (
                 Some(Wish::Out),
@@ -282,6 +300,9 @@ impl<W: World> Reconciler<W> {
             .or_insert_with(|| Entry::new(target(pod)));
         entry.ahead_of_watch = None;
         if entry.shown_annotation != annotation {
+            if annotation.is_none() && entry.annotation.is_some() && wish == Some(Wish::In) {
+                notices.push((entry.target.clone(), Notice::Reannotated));
+            }
             entry.shown_annotation = annotation;
             entry.annotation = annotation;
         }
@@ -291,14 +312,26 @@ impl<W: World> Reconciler<W> {
             None => entry.wish,
         };
         let policy = policy.unwrap_or_else(|| entry.policy.clone());
+        if entry.addresses != pod.addresses && !entry.addresses.is_empty() && entry.place.is_some()
+        {
+            entry.look_again = Some(Instant::now());
+        }
         if entry.wish != wish || entry.policy != policy || entry.addresses != pod.addresses {
             entry.trouble = None;
             entry.mute = None;
             entry.addresses.clone_from(&pod.addresses);
         }
-        for warning in warnings.iter().filter(|w| !entry.warnings.contains(w)) {
+        let ignored = warnings.len();
+        warnings.append(&mut cut_off);
+        for (i, warning) in warnings
+            .iter()
+            .enumerate()
+            .filter(|(_, w)| !entry.warnings.contains(w))
+        {
             let notice = if refused {
                 Notice::Refused(warning.clone())
+            } else if i >= ignored {
+                Notice::CutOff(warning.clone())
             } else {
                 Notice::Ignored(warning.clone())
             };
@@ -306,7 +339,7 @@ impl<W: World> Reconciler<W> {
         }
         (entry.wish, entry.policy, entry.warnings) = (wish, policy, warnings);
         entry.refused = refused;
-        if !entry.broken {
+        if entry.broken.is_none() {
             entry.reason = reason;
         }
     }
@@ -315,6 +348,7 @@ impl<W: World> Reconciler<W> {
     async fn find(&self, pods: Vec<(Target, Vec<IpAddr>)>) {
         let result = self.inner.world.find(pods.clone()).await;
         let now = Instant::now();
+        let (mut left, mut said) = (Vec::new(), Vec::new());
         {
             let mut entries = self.entries();
             for (target, _) in pods {
@@ -323,6 +357,16 @@ impl<W: World> Reconciler<W> {
                 };
                 entry.busy = false;
                 match &result {
+                    Ok(found) if entry.look_again.is_some() && entry.place.is_some() => {
+                        match found.get(&target.uid) {
+                            Some(place) => left.extend(self.follow(entry, place)),
+                            // What is known is kept until something better is.
+                            None => entry.look_again = Some(now + LOOK_AGAIN),
+                        }
+                    }
+                    Err(_) if entry.look_again.is_some() && entry.place.is_some() => {
+                        entry.look_again = Some(now + LOOK_AGAIN);
+                    }
                     // The plugin may have been faster.
                     _ if entry.place.is_some() => {}
                     Ok(found) => match found.get(&target.uid) {
@@ -342,10 +386,43 @@ impl<W: World> Reconciler<W> {
                     },
                     Err(failure) => entry.failed(failure.clone(), now),
                 }
+                if let Some(trouble) = entry.trouble.clone()
+                    && trouble.tries >= UNFOUND
+                {
+                    said.extend(
+                        entry
+                            .worth_saying(&trouble.failure)
+                            .map(|notice| (target, notice)),
+                    );
+                }
+            }
+        }
+        for (target, notice) in said {
+            self.inner.world.say(&target, notice).await;
+        }
+        for (target, place) in left {
+            if let Err(failure) = self.inner.world.forget(&target, place).await {
+                tracing::warn!(pod = %target, %failure, "clearing away the namespace the pod was in before");
             }
         }
         self.inner.progress.notify_waiters();
         self.wake();
+    }
+
+    /// Goes with a pod whose addresses changed; what it left behind, if it is in another namespace now.
+    fn follow(
+        &self,
+        entry: &mut Entry<W::Place>,
+        place: &Arc<W::Place>,
+    ) -> Option<(Target, Arc<W::Place>)> {
+        entry.look_again = None;
+        let cookie = |p: &W::Place| self.inner.world.cookie(p);
+        let before = entry
+            .place
+            .take_if(|before| cookie(before) != cookie(place))?;
+        let sandbox = self.remembered_sandbox(place);
+        entry.move_to(Arc::clone(place), sandbox);
+        Some((entry.target.clone(), before))
     }
 }
 

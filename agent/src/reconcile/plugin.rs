@@ -222,7 +222,7 @@ impl<W: World> Reconciler<W> {
                         "captured, but ztunnel does not serve it yet".to_owned(),
                     ));
                 }
-                _ if entry.broken => return Err(failed(entry.reason.clone())),
+                _ if entry.broken.is_some() => return Err(failed(entry.reason.clone())),
                 _ => {
                     return Err(failed(
                         "not captured, or not as its annotations ask for".to_owned(),

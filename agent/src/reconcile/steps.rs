@@ -12,7 +12,7 @@ use super::{
     world::{Failure, Left, Notice, Target, World},
 };
 use crate::{
-    kernel::pod::Policy,
+    kernel::{pod::Policy, verify::Repair},
     model::PodUid,
     plan::pod::{Step, Wish, Ztunnel, next},
 };
@@ -32,7 +32,7 @@ struct Job<P> {
     target: Target,
     place: Option<Arc<P>>,
     policy: Policy,
-    repair: Option<String>,
+    repair: Option<Repair>,
 }
 
 /// What a step led to.
@@ -75,7 +75,13 @@ impl<W: World> Reconciler<W> {
             target: entry.target.clone(),
             place: entry.place.clone(),
             policy: entry.policy.clone(),
-            repair: (entry.broken && entry.wish == Wish::In).then(|| entry.reason.clone()),
+            repair: match entry.broken {
+                Some(kind) if entry.wish == Wish::In => Some(Repair {
+                    kind,
+                    what: entry.reason.clone(),
+                }),
+                _ => None,
+            },
         })
     }
 
@@ -140,7 +146,7 @@ impl<W: World> Reconciler<W> {
                         (Step::Attach, _) => {
                             entry.captured = Some(job.policy.clone());
                             entry.took[0] = took;
-                            entry.broken = false;
+                            entry.broken = None;
                             entry.reason.clear();
                             notice = job.repair.clone().map(Notice::Repaired);
                             if job.repair.is_some() && entry.ztunnel == Ztunnel::Acked {
@@ -151,12 +157,13 @@ impl<W: World> Reconciler<W> {
                         (Step::Tell, _) => {
                             entry.ztunnel = Ztunnel::Acked;
                             entry.took[1] = took;
-                            notice = Some(Notice::Enrolled);
+                            entry.said = None;
+                            notice = Some(Notice::Enrolled(entry.took.iter().sum()));
                         }
                         (Step::Annotate(value), _) => entry.annotation = value,
                         (Step::Untell, _) => entry.ztunnel = Ztunnel::Untold,
                         (Step::Forget, _) => {
-                            entry.captured = None;
+                            notice = entry.captured.take().map(|_| Notice::Ended);
                             entry.draining = 0;
                             entry.place = None;
                         }
@@ -164,7 +171,7 @@ impl<W: World> Reconciler<W> {
                             if entry.captured.take().is_some() {
                                 notice = Some(Notice::Unenrolled);
                             }
-                            entry.broken = false;
+                            entry.broken = None;
                             entry.draining = match left {
                                 Left::Nothing => 0,
                                 Left::Connections(n) => n.max(1),
@@ -175,10 +182,7 @@ impl<W: World> Reconciler<W> {
                     job.step != Step::Wait || entry.draining == 0
                 }
                 Err(failure) => {
-                    if entry.said.as_ref() != Some(&failure.message) {
-                        entry.said = Some(failure.message.clone());
-                        notice = Some(Notice::Failed(failure.clone()));
-                    }
+                    notice = entry.worth_saying(&failure);
                     match job.step {
                         Step::Annotate(_) => entry.muted(failure, Instant::now()),
                         step => {

@@ -3,10 +3,13 @@
 //! One implementation acts for real ([`super::live`]); tests of retry and order have one of their own. Nothing here
 //! decides.
 
-use std::{collections::HashMap, fmt, future::Future, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, fmt, future::Future, net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
-    kernel::pod::Policy,
+    kernel::{
+        pod::Policy,
+        verify::{Problem, Repair},
+    },
     model::{PodUid, Redirection},
 };
 
@@ -58,16 +61,22 @@ pub enum Left {
 /// What is said about a pod to whoever looks after it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Notice {
-    /// It is in the mesh now.
-    Enrolled,
+    /// It is in the mesh now, which took this long without the waiting.
+    Enrolled(Duration),
     /// It left the mesh.
     Unenrolled,
+    /// It ended in the mesh.
+    Ended,
     /// Something of ours was missing and is back.
-    Repaired(String),
+    Repaired(Repair),
+    /// Somebody took its annotation away, and it is written again.
+    Reannotated,
     /// It cannot be enrolled, or not yet.
     Failed(Failure),
     /// It is of a kind that cannot be served.
     Refused(String),
+    /// A NetworkPolicy cuts it off from the mesh.
+    CutOff(String),
     /// Something in its annotations was ignored.
     Ignored(String),
 }
@@ -134,11 +143,12 @@ pub trait World: fmt::Debug + Send + Sync + 'static {
     /// Says something about the pod.
     fn say(&self, target: &Target, notice: Notice) -> impl Future<Output = ()> + Send;
 
-    /// Which of these are not as [`World::attach`] left them, and what is wrong.
+    /// Which of these are not as [`World::attach`] left them, and what is wrong. What all of them need and none brings
+    /// along, the node's own programs, is put right at once.
     fn verify(
         &self,
         places: Vec<(PodUid, Arc<Self::Place>)>,
-    ) -> impl Future<Output = Vec<(PodUid, String)>> + Send;
+    ) -> impl Future<Output = Vec<(PodUid, Problem)>> + Send;
 
     /// Everything about one pod that [`World::attach`] made: what is wrong with it, if anything.
     fn examine(

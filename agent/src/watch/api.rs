@@ -14,6 +14,7 @@ use futures::future::join_all;
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
     core::v1::{ConfigMap, Namespace, Node},
+    networking::v1::NetworkPolicy,
 };
 use kube::{
     Client,
@@ -27,15 +28,20 @@ use tokio::{
 };
 
 use super::{
+    cilium::{self, Cilium},
     error::{Error, Result},
     events::{self, Notice},
     follow::{Namespaces, OptIns, Pods, follow},
     objects::{self, Metadata},
+    policies::Policies,
     removal::{self, Standing},
     stats::Stats,
     view::View,
 };
-use crate::model::{Cluster, Pod, PodRef, Redirection, keys};
+use crate::{
+    model::{Cluster, Pod, PodRef, Redirection, keys},
+    plan::cilium::{CONFIG, Settings},
+};
 
 /// Pods a page: whole objects, of which a page at a time is in memory.
 const PODS_PAGE: u32 = 50;
@@ -71,6 +77,7 @@ pub struct Api {
     stats: Arc<Stats>,
     slots: Semaphore,
     events: events::Queue,
+    cilium: watch::Sender<Cilium>,
 }
 
 /// What became of something written.
@@ -93,6 +100,7 @@ impl Api {
             stats: Arc::clone(&stats),
             slots: Semaphore::new(AT_ONCE),
             events: events::Queue::new(stats),
+            cilium: watch::Sender::default(),
             options,
         }
     }
@@ -101,6 +109,12 @@ impl Api {
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Cluster> {
         self.view.subscribe()
+    }
+
+    /// What Cilium was asked to do, as it changes.
+    #[must_use]
+    pub fn cilium(&self) -> watch::Receiver<Cilium> {
+        self.cilium.subscribe()
     }
 
     /// What was counted.
@@ -151,9 +165,30 @@ impl Api {
                 &self.stats,
             )
         });
+        let policies = follow(
+            "network policies",
+            watcher(
+                kube::Api::<NetworkPolicy>::all(self.client.clone()),
+                config().page_size(METADATA_PAGE),
+            ),
+            Policies::new(self.view.clone()),
+            &self.stats,
+        );
+        let (cilium_namespace, cilium_name) = CONFIG;
+        let cilium = follow(
+            "Cilium's configuration",
+            watcher(
+                kube::Api::<ConfigMap>::namespaced(self.client.clone(), cilium_namespace),
+                config().fields(&format!("metadata.name={cilium_name}")),
+            ),
+            cilium::Keep::new(self.cilium.clone()),
+            &self.stats,
+        );
         tokio::join!(
             pods,
             namespaces,
+            policies,
+            cilium,
             join_all(opt_ins),
             self.events.write(&self.client, node, instance),
         );
@@ -238,15 +273,15 @@ impl Api {
         Ok(found.metadata.labels.unwrap_or_default())
     }
 
-    /// What Cilium was asked to do; `None` where it is not installed.
-    pub async fn cilium_config(&self) -> Result<Option<BTreeMap<String, String>>> {
-        let maps = kube::Api::<ConfigMap>::namespaced(self.client.clone(), "kube-system");
+    /// What Cilium was asked to do, asked for directly; `None` where it is not installed.
+    pub async fn cilium_config(&self) -> Result<Option<Settings>> {
+        let (namespace, name) = CONFIG;
+        let maps = kube::Api::<ConfigMap>::namespaced(self.client.clone(), namespace);
+        let object = format!("{namespace}/{name}");
         let found = self
-            .ask("read ConfigMap", "kube-system/cilium-config", || {
-                maps.get_opt("cilium-config")
-            })
+            .ask("read ConfigMap", object, || maps.get_opt(name))
             .await?;
-        Ok(found.map(|map| map.data.unwrap_or_default()))
+        Ok(found.map(|map| crate::plan::cilium::settings(map.data.unwrap_or_default())))
     }
 
     /// Requests that may be repeated, within a time that an ADD can wait.

@@ -16,7 +16,10 @@ use kube::{
 };
 use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer};
 
-use super::error::{Error, Result};
+use super::{
+    error::{Error, Result},
+    token::Token,
+};
 
 /// Silence after which the other side is asked whether it is there.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(4);
@@ -55,6 +58,16 @@ pub fn connect(config: &Config) -> Result<Client> {
         let cure = "check the certificates and the token that the configuration names";
         Error::config(&config.cluster_url, &e, cure)
     };
+    let mut config = config.clone();
+    let token = match config.auth_info.token_file.take() {
+        Some(path) => {
+            let cure = "check that the token of the service account is mounted there (automountServiceAccountToken, or a \
+                        projected volume)";
+            let token = Token::open(Path::new(&path));
+            Some(token.map_err(|e| Error::config(&path, &e, cure))?)
+        }
+        None => None,
+    };
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -73,6 +86,10 @@ pub fn connect(config: &Config) -> Result<Client> {
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer().map_err(wrong)?)
+        .map_request(move |request| match &token {
+            Some(token) => token.sign(request),
+            None => request,
+        })
         .layer(config.extra_headers_layer().map_err(wrong)?)
         .layer(TimeoutLayer::new(ANSWER))
         .map_err(BoxError::from)

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     error::{self, Error},
     objects::{self, Metadata},
-    stats::Stats,
+    stats::{Stats, WELL_AGAIN},
     view::View,
 };
 use crate::model::{Namespace, Pod, PodUid};
@@ -63,7 +63,7 @@ pub(super) async fn follow<K>(
             Ok(Event::InitDone) => {
                 stats.lists.add();
                 sink.complete();
-                trouble.over(what);
+                trouble.over(what, stats);
             }
             Ok(Event::Apply(object)) => {
                 stats.objects.add();
@@ -72,13 +72,13 @@ pub(super) async fn follow<K>(
                 } else {
                     stats.updated.add();
                 }
-                trouble.over(what);
+                trouble.over(what, stats);
             }
             Ok(Event::Delete(object)) => {
                 stats.objects.add();
                 stats.deleted.add();
                 sink.gone(object);
-                trouble.over(what);
+                trouble.over(what, stats);
             }
             Err(e) => {
                 let pause = trouble.note(what, &e, stats);
@@ -104,7 +104,7 @@ impl Trouble {
         stats.interruptions.add();
         let now = Instant::now();
         // A watch that was resumed and had nothing to say leaves no other trace of being well again.
-        if self.last.is_some_and(|l| now - l > 4 * LONGEST_PAUSE) {
+        if self.last.is_some_and(|l| now - l > WELL_AGAIN) {
             *self = Self::default();
         }
         self.last = Some(now);
@@ -130,6 +130,7 @@ impl Trouble {
                 Error::kube("watch", what, &cause)
             }
         };
+        stats.set_trouble(what, Some(error.to_string()));
         if !dead && self.told.is_none_or(|t| now - t > TELL_AGAIN) {
             self.told = Some(now);
             tracing::warn!(what, %error, "watch interrupted; what is known stays valid meanwhile");
@@ -141,7 +142,10 @@ impl Trouble {
         pause * (128 + spread) / 256
     }
 
-    fn over(&mut self, what: &str) {
+    fn over(&mut self, what: &str, stats: &Stats) {
+        if self.last.is_some() {
+            stats.set_trouble(what, None);
+        }
         if self.told.is_some() {
             tracing::info!(what, "watch goes on");
         }

@@ -3,6 +3,7 @@
 //! Knows no kernel and decides nothing; writes nothing but the redirection annotation and events.
 
 pub mod api;
+pub mod cilium;
 pub mod client;
 pub mod error;
 pub mod events;
@@ -10,15 +11,18 @@ mod follow;
 pub mod manifests;
 mod objects;
 mod parse;
+mod policies;
 pub mod rbac;
 pub mod removal;
 pub mod stats;
+mod token;
 pub mod view;
 
 use tokio::sync::watch;
 
 pub use self::{
     api::{Api, Options, Written},
+    cilium::Cilium,
     error::{Error, Result},
     events::{About, Kind, Notice},
     manifests::Manifests,

@@ -22,6 +22,8 @@ pub struct Rule {
     pub group: &'static str,
     /// Resource, with its subresource.
     pub resource: &'static str,
+    /// Only objects of these names; all where there are none.
+    pub names: &'static [&'static str],
     /// Verbs.
     pub verbs: &'static [&'static str],
     /// What for.
@@ -29,11 +31,12 @@ pub struct Rule {
 }
 
 /// All that is needed, and nothing else.
-pub const RULES: [Rule; 7] = [
+pub const RULES: [Rule; 8] = [
     Rule {
         scope: Scope::Cluster,
         group: "",
         resource: "pods",
+        names: &[],
         verbs: &["get", "list", "watch"],
         why: "pods of this node; those of all nodes, metadata only, that ask for the mesh by a label; the pod of an ADD \
               that the watch has not shown yet",
@@ -42,6 +45,7 @@ pub const RULES: [Rule; 7] = [
         scope: Scope::Cluster,
         group: "",
         resource: "pods/status",
+        names: &[],
         verbs: &["patch"],
         why: "annotation ambient.istio.io/redirection, from which istiod knows that a pod speaks HBONE",
     },
@@ -49,13 +53,23 @@ pub const RULES: [Rule; 7] = [
         scope: Scope::Cluster,
         group: "",
         resource: "namespaces",
+        names: &[],
         verbs: &["list", "watch"],
         why: "labels that put a namespace's pods into the mesh",
     },
     Rule {
         scope: Scope::Cluster,
+        group: "networking.k8s.io",
+        resource: "networkpolicies",
+        names: &[],
+        verbs: &["list", "watch"],
+        why: "policies that cut pods off from the mesh, which is said in an event",
+    },
+    Rule {
+        scope: Scope::Cluster,
         group: "events.k8s.io",
         resource: "events",
+        names: &[],
         verbs: &["create", "patch"],
         why: "events on pods and nodes: refusals, failures, repairs",
     },
@@ -63,6 +77,7 @@ pub const RULES: [Rule; 7] = [
         scope: Scope::Cluster,
         group: "",
         resource: "nodes",
+        names: &[],
         verbs: &["get"],
         why: "on SIGTERM: whether the DaemonSet still selects this node, by the node's labels",
     },
@@ -70,6 +85,7 @@ pub const RULES: [Rule; 7] = [
         scope: Scope::Own,
         group: "apps",
         resource: "daemonsets",
+        names: &[],
         verbs: &["get"],
         why: "on SIGTERM: whether this is an upgrade or a removal",
     },
@@ -77,8 +93,9 @@ pub const RULES: [Rule; 7] = [
         scope: Scope::Namespace("kube-system"),
         group: "",
         resource: "configmaps",
-        verbs: &["get"],
-        why: "cilium-config: settings of Cilium that the mesh depends on",
+        names: &["cilium-config"],
+        verbs: &["get", "list", "watch"],
+        why: "settings of Cilium that the mesh depends on",
     },
 ];
 

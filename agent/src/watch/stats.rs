@@ -1,6 +1,16 @@
 //! What the watch counts; whoever exports metrics reads it here.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// A watch that has not failed for so long goes on: longer than its longest pause and the time a request may take.
+pub(super) const WELL_AGAIN: Duration = Duration::from_secs(20);
 
 /// Counters since start.
 #[derive(Debug, Default)]
@@ -23,6 +33,28 @@ pub struct Stats {
     pub events_suppressed: Counter,
     /// Events that the API server did not take.
     pub events_failed: Counter,
+    /// What keeps a watch from going on, by what is watched.
+    trouble: Mutex<BTreeMap<String, (Instant, String)>>,
+}
+
+impl Stats {
+    /// Why some watch does not go on at this moment; none while all do.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        // A watch that was resumed and has nothing to say is well again without a word.
+        let fresh = trouble.values().filter(|(at, _)| at.elapsed() < WELL_AGAIN);
+        let texts: Vec<&str> = fresh.map(|(_, why)| why.as_str()).collect();
+        (!texts.is_empty()).then(|| texts.join("; "))
+    }
+
+    pub(super) fn set_trouble(&self, what: &str, why: Option<String>) {
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        match why {
+            Some(why) => drop(trouble.insert(what.to_owned(), (Instant::now(), why))),
+            None => drop(trouble.remove(what)),
+        }
+    }
 }
 
 /// One counter.

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::model::{Cluster, Namespace, Pod, PodUid};
+use crate::model::{Cluster, Namespace, NetworkPolicy, Pod, PodUid};
 
 /// The writing end.
 #[derive(Clone, Debug)]
@@ -137,6 +137,37 @@ impl View {
             let replaced = replace(&mut c.opted_in, counts);
             replaced | raise(&mut c.opted_in_listed, true)
         });
+    }
+
+    /// A policy as it is now; true if it was not there.
+    pub fn set_policy(&self, namespace: String, name: String, policy: NetworkPolicy) -> bool {
+        let mut new = false;
+        self.cluster.send_if_modified(|c| {
+            let of_namespace = c.policies.entry(namespace).or_default();
+            new = !of_namespace.contains_key(&name);
+            set(of_namespace, name, policy)
+        });
+        new
+    }
+
+    /// A policy that is gone.
+    pub fn remove_policy(&self, namespace: &str, name: &str) {
+        self.cluster.send_if_modified(|c| {
+            let Some(of_namespace) = c.policies.get_mut(namespace) else {
+                return false;
+            };
+            let removed = of_namespace.remove(name).is_some();
+            if of_namespace.is_empty() {
+                c.policies.remove(namespace);
+            }
+            removed
+        });
+    }
+
+    /// All policies there are.
+    pub fn replace_policies(&self, policies: BTreeMap<String, BTreeMap<String, NetworkPolicy>>) {
+        self.cluster
+            .send_if_modified(|c| replace(&mut c.policies, policies));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Missing> {

@@ -2,6 +2,11 @@
 //!
 //! Where [`Mesh`](crate::Mesh) enrols pods by hand, here nobody does but the agent.
 
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+};
+
 use anyhow::{Context as _, Result};
 use culvert_lab::{Agent, AgentOptions, Lab, Ns, Ztunnel, ZtunnelOptions};
 use serde_json::json;
@@ -132,6 +137,23 @@ impl Governed {
             .culvert(&["-o", "json", "netns", "show", "--netns", &path])?
             .ok()?
             .json()
+    }
+
+    /// One of the agent's metrics, by the whole name of its series.
+    pub fn metric(&self, series: &str) -> Result<f64> {
+        let text = self.lab.node().run(|| {
+            let mut stream = TcpStream::connect(("127.0.0.1", 15014))?;
+            stream
+                .write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).map(|_| text)
+        })?;
+        let mut lines = text.lines().filter_map(|l| l.strip_prefix(series));
+        let value = lines.find_map(|l| l.strip_prefix(' '));
+        value
+            .with_context(|| format!("no metric {series}"))?
+            .parse()
+            .context("its value")
     }
 
     /// One of the stand-in's numbers for a pod.

@@ -128,6 +128,33 @@ fn what_is_taken_away_by_hand_comes_back() -> Result<()> {
 }
 
 #[test]
+fn the_nodes_programs_come_back() -> Result<()> {
+    let (node, [a, b]) = Governed::meshed("agent-programs", ["a", "b"])?;
+    let link = node.lab.bpffs().join("links/culvert_connect");
+    let repaired = |at_least: f64| {
+        let count = node.metric("culvert_repairs_total{kind=\"node_programs\"}")?;
+        Ok(count >= at_least)
+    };
+    std::fs::remove_file(&link)?;
+    eventually("the link is there again", || Ok(link.exists()))?;
+    eventually("it is counted", || repaired(1.0))?;
+    ensure!(carried(&node, &a, &b)?, "not through ztunnel");
+
+    // All of it, with pods enrolled and the agent at work.
+    node.lab.culvert(&["unload", "--force"])?.ok()?;
+    eventually("it is counted", || repaired(2.0))?;
+    for pod in [&a, &b] {
+        eventually("the pod is whole", || Ok(node.show(pod)?["whole"] == true))?;
+        node.expect_state(pod, "enrolled")?;
+    }
+    ensure!(
+        carried(&node, &a, &b)?,
+        "not through ztunnel after everything was taken away"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_pod_that_is_gone_leaves_nothing() -> Result<()> {
     let (node, [a, b]) = Governed::meshed("agent-gone", ["a", "b"])?;
     let pins = node.lab.pins()?.len();

@@ -81,7 +81,9 @@ impl Watching {
 
     fn repaired(&self, name: &str, within: Duration) -> (NetnsCookie, Vec<String>) {
         self.next(name, within, |event| match event {
-            Event::Repaired { cookie, repairs } => Some((*cookie, repairs.clone())),
+            Event::Repaired { cookie, repairs } => {
+                Some((*cookie, repairs.iter().map(ToString::to_string).collect()))
+            }
             _ => None,
         })
     }

@@ -3,7 +3,9 @@
 //!
 //! No mock: each [`Bed`] starts an etcd and an API server of its own.
 
+pub mod node;
 pub mod rbac;
+pub mod relay;
 
 use std::{
     collections::BTreeMap,

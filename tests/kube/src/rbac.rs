@@ -27,9 +27,12 @@ pub fn manifests(granted: impl Fn(&Rule, &str) -> bool) -> Result<String> {
         // Roles are there also when empty: what was granted before has to go.
         let rules = scopes.entry(namespace).or_default();
         if !verbs.is_empty() {
-            rules.push(
-                json!({"apiGroups": [rule.group], "resources": [rule.resource], "verbs": verbs}),
-            );
+            let mut granted =
+                json!({"apiGroups": [rule.group], "resources": [rule.resource], "verbs": verbs});
+            if !rule.names.is_empty() {
+                granted["resourceNames"] = json!(rule.names);
+            }
+            rules.push(granted);
         }
     }
     let mut documents = vec![

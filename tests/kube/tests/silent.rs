@@ -10,80 +10,20 @@
 )]
 
 use std::{
-    fs,
-    io::{Read as _, Write as _},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
+    io::Write as _,
     process::{Command, Stdio},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::Ordering,
     thread,
     time::{Duration, Instant},
 };
 
 use culvert::watch::client;
-use culvert_kube_tests::{Bed, LONG, MODE, NODE, find, logs, mode, watch_with};
-use culvert_lab::{Family, Lab, Ns};
+use culvert_kube_tests::{Bed, LONG, MODE, NODE, find, logs, mode, relay::Relay, watch_with};
+use culvert_lab::{Lab, Ns};
 use serde_json::json;
 
 /// The promise.
 const REPLACED: Duration = Duration::from_secs(15);
-
-/// Carries connections from the lab's node to the API server, byte for byte.
-struct Relay {
-    at: SocketAddr,
-    /// Ports of the clients, in order of arrival.
-    clients: Arc<Mutex<Vec<u16>>>,
-    /// Bytes that clients have sent.
-    sent: Arc<AtomicU64>,
-}
-
-impl Relay {
-    fn start(node: &Ns, to: SocketAddr) -> Self {
-        let address = node.ip(Family::V4).unwrap();
-        let listener = node.run(move || TcpListener::bind((address, 0)).unwrap());
-        let at = listener.local_addr().unwrap();
-        let relay = Self {
-            at,
-            clients: Arc::default(),
-            sent: Arc::default(),
-        };
-        let (clients, sent) = (Arc::clone(&relay.clients), Arc::clone(&relay.sent));
-        // Out of the lab's namespace again: sockets opened here reach the machine's loopback.
-        thread::spawn(move || {
-            while let Ok((client, from)) = listener.accept() {
-                clients.lock().unwrap().push(from.port());
-                let Ok(server) = TcpStream::connect(to) else {
-                    continue;
-                };
-                let sent = Arc::clone(&sent);
-                let (c, s) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-                thread::spawn(move || carry(&c, &s, Some(&sent)));
-                thread::spawn(move || carry(&server, &client, None));
-            }
-        });
-        relay
-    }
-
-    fn ports(&self) -> Vec<u16> {
-        self.clients.lock().unwrap().clone()
-    }
-}
-
-fn carry(mut from: &TcpStream, mut to: &TcpStream, count: Option<&AtomicU64>) {
-    let mut buffer = vec![0; 65536];
-    while let Ok(n @ 1..) = from.read(&mut buffer) {
-        if let Some(count) = count {
-            count.fetch_add(n as u64, Ordering::Relaxed);
-        }
-        if to.write_all(&buffer[..n]).is_err() {
-            break;
-        }
-    }
-    let _gone = to.shutdown(Shutdown::Write);
-}
 
 /// From now on, nothing of these connections passes, either way, and nobody is told.
 fn swallow(node: &Ns, ports: &[u16]) {
@@ -109,40 +49,6 @@ fn swallow(node: &Ns, ports: &[u16]) {
     });
 }
 
-/// The agent's kubeconfig with the relay in place of the server.
-fn through(relay: SocketAddr, bed: &Bed, to: &Path) -> PathBuf {
-    let text = fs::read_to_string(&bed.kubeconfig).unwrap();
-    let url = bed.plane.url();
-    let host: SocketAddr = url.trim_start_matches("https://").parse().unwrap();
-    let text = text.replace(&url, &format!("https://{relay}"));
-    let server = format!("https://{relay}");
-    // The certificate is the server's, not the relay's.
-    let name = format!("\"tls-server-name\":\"{}\",", host.ip());
-    let text = if text.trim_start().starts_with('{') {
-        text.replacen("\"server\":", &format!("{name}\"server\":"), 1)
-    } else {
-        let line = text.lines().find(|l| l.contains(&server)).unwrap();
-        let indent = &line[..line.len() - line.trim_start().trim_start_matches("- ").len()];
-        let more = format!(
-            "{line}\n{}tls-server-name: {}",
-            indent.replace('-', " "),
-            host.ip()
-        );
-        text.replacen(line, &more, 1)
-    };
-    let path = to.join("kubeconfig");
-    fs::write(&path, text).unwrap();
-    path
-}
-
-fn server_of(bed: &Bed) -> SocketAddr {
-    bed.plane
-        .url()
-        .trim_start_matches("https://")
-        .parse()
-        .unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn black_holed_connection_is_replaced() {
     logs();
@@ -150,8 +56,8 @@ async fn black_holed_connection_is_replaced() {
     bed.namespace("test", json!({})).await.unwrap();
     bed.pod("test", "web", NODE, json!({})).await.unwrap();
     let lab = Lab::new("black-hole").unwrap();
-    let relay = Relay::start(lab.node(), server_of(&bed));
-    let kubeconfig = through(relay.at, &bed, lab.scratch());
+    let relay = Relay::start(lab.node(), &bed).unwrap();
+    let kubeconfig = relay.kubeconfig(&bed, lab.scratch()).unwrap();
     let side = lab.pod("agent").unwrap();
     let (go, wait) = std::sync::mpsc::channel::<()>();
     let node = lab.node().clone();

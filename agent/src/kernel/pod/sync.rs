@@ -16,6 +16,7 @@ use crate::{
         netns::Netns,
         node::Node,
         sysctl,
+        verify::{Kind, Repair},
     },
     plan::netns::{self as plan, Family, Observed, Rule, Step},
 };
@@ -26,7 +27,7 @@ pub struct Synced {
     /// Changes that follow from the pod's own: addresses and interfaces that came and went.
     pub followed: Vec<String>,
     /// What was ours and somebody had taken away or changed.
-    pub repaired: Vec<String>,
+    pub repaired: Vec<Repair>,
 }
 
 /// Brings an enrolled pod's addresses, routes, rules, interfaces and sysctls up to date with its namespace.
@@ -54,12 +55,14 @@ pub(in crate::kernel) fn sync(node: &Node, netns: &Netns, heard: Heard) -> Resul
     let steps = plan::enrol(&observed, &virtual_interfaces);
     netconf::apply(&guard, &mut netlink, &steps)?;
     for step in &steps {
-        let ours = if follows(step, &observed, heard) {
-            &mut synced.followed
+        if follows(step, &observed, heard) {
+            synced.followed.push(step.to_string());
         } else {
-            &mut synced.repaired
-        };
-        ours.push(step.to_string());
+            synced.repaired.push(Repair {
+                kind: Kind::of(step),
+                what: step.to_string(),
+            });
+        }
     }
     let sysctls = sysctl::set_all(&guard)?;
     drop(guard);
@@ -76,7 +79,7 @@ pub(in crate::kernel) fn sync(node: &Node, netns: &Netns, heard: Heard) -> Resul
 }
 
 /// Sets the pod's sysctls again where somebody changed them; returns which.
-pub(in crate::kernel) fn sync_sysctls(node: &Node, netns: &Netns) -> Result<Vec<String>> {
+pub(in crate::kernel) fn sync_sysctls(node: &Node, netns: &Netns) -> Result<Vec<Repair>> {
     let _lock = node.lock()?;
     // A pod that is being let go gets its own values back: not against that.
     if node.maps().pods.get(&netns.cookie().0)?.is_none() {
@@ -89,8 +92,11 @@ pub(in crate::kernel) fn sync_sysctls(node: &Node, netns: &Netns) -> Result<Vec<
         .collect())
 }
 
-fn set_again(path: &str) -> String {
-    format!("{path} set to 1 again")
+fn set_again(path: &str) -> Repair {
+    Repair {
+        kind: Kind::Sysctl,
+        what: format!("{path} set to 1 again"),
+    }
 }
 
 /// Does this step follow from what the pod did itself?

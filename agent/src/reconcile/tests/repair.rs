@@ -1,0 +1,77 @@
+//! What is undone behind the agent's back, and what an agent finds that has just begun.
+
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn what_was_undone_behind_its_back_is_repaired_within_a_period() {
+    let stage = enrolled().await;
+    stage.fake().captured.lock().unwrap().clear();
+    assert_eq!(
+        stage.after(Duration::from_secs(5)).await,
+        ["attach shop/a", "repaired shop/a", "tell shop/a"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_annotation_that_somebody_removed_is_written_again() {
+    let stage = enrolled().await;
+    let write = |value: Option<&str>| {
+        let value = value.map(str::to_owned);
+        stage.edit("a", |pod| match value {
+            Some(value) => drop(pod.annotations.insert(keys::REDIRECTION.into(), value)),
+            None => drop(pod.annotations.remove(keys::REDIRECTION)),
+        });
+    };
+    // Our own write comes back by the watch: nothing to do.
+    write(Some("enabled"));
+    assert!(stage.soon().await.is_empty());
+    write(None);
+    assert_eq!(
+        stage.soon().await,
+        ["reannotated shop/a", "annotate shop/a enabled"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_the_api_is_away_the_pins_say_who_is_enrolled() {
+    let world = Fake::default();
+    let remembered = [("a", 1), ("gone", 2), ("released", 3)].map(|(uid, cookie)| Remembered {
+        cookie,
+        uid: uid.into(),
+        static_uid: None,
+        namespace: "shop".into(),
+        name: uid.into(),
+        service_account: "default".into(),
+        sandbox: Some(format!("s-{uid}")),
+        served: true,
+    });
+    for (uid, place) in [("a", 1), ("released", 3)] {
+        world.places.lock().unwrap().insert(uid.into(), place);
+    }
+    world.captured.lock().unwrap().insert(1, Policy::default());
+    let stage = Stage::from(world, false, remembered.into());
+    assert!(stage.soon().await.is_empty());
+    stage.reconciler.restore().await;
+    assert_eq!(stage.soon().await, ["tell shop/a"]);
+    assert!(stage.after(Duration::from_secs(600)).await.is_empty());
+    // The API server is back, and has forgotten the pod.
+    stage.cluster.send_modify(|c| c.listed = true);
+    assert_eq!(
+        stage.after(Duration::from_secs(61)).await,
+        ["forget shop/a", "untell shop/a"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_captured_stays_while_nothing_can_be_said_about_the_pod() {
+    let world = Fake::default();
+    world.captured.lock().unwrap().insert(7, Policy::default());
+    let stage = Stage::with(world);
+    stage.place("a", 7);
+    // Its namespace is not known.
+    stage.edit("a", |_| {});
+    assert!(stage.after(Duration::from_secs(60)).await.is_empty());
+    assert!(stage.fake().captured.lock().unwrap().contains_key(&7));
+    stage.namespace("shop", None);
+    assert_eq!(stage.soon().await, ["detach shop/a", "untell shop/a"]);
+}
