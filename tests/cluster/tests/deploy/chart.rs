@@ -1,0 +1,239 @@
+//! The chart with the real helm: linted, with values that contradict refused by name, and a release's whole life on a real
+//! API server.
+
+use culvert_cluster::ControlPlane;
+use serde_json::Value;
+
+use crate::render::{chart, deploy, done, helm, template};
+use crate::{HOME, api};
+
+#[test]
+fn helm_finds_nothing_to_complain_about() {
+    let chart = deploy().join("chart").display().to_string();
+    let said = done(helm(&[
+        "lint",
+        "--strict",
+        &chart,
+        "--kube-version",
+        "1.36.3",
+    ]));
+    assert!(
+        said.contains("1 chart(s) linted, 0 chart(s) failed"),
+        "{said}"
+    );
+}
+
+#[test]
+fn values_that_contradict_are_refused_by_name() {
+    for (values, named) in [
+        (
+            &[
+                "monitoring.serviceMonitor.enabled=true",
+                "monitoring.podMonitor.enabled=true",
+            ][..],
+            "/monitoring",
+        ),
+        (&["multus.networkAttachmentDefinition=true"], "/cni/chained"),
+        (
+            &["cni.chained=false", "cni.ownConfig=true"],
+            "/cni/ownConfig",
+        ),
+        (
+            &["cni.ownConfigName=00-a.conflist", "cni.ownConfig=false"],
+            "/cni/ownConfig",
+        ),
+        (&["agent.metricsPort=8000"], "one port of the node"),
+        (&["agent.metrcsPort=9000"], "metrcsPort"),
+        (&["updateStrategy.rollingUpdate.maxSurge=1"], "maxSurge"),
+        (
+            &["terminationGracePeriodSeconds=5"],
+            "terminationGracePeriodSeconds",
+        ),
+        (&["platform=aks"], "/platform"),
+        (&["agent.probeSource=everybody"], "/agent/probeSource"),
+        (&["hostPaths.cniBin=opt/cni/bin"], "/hostPaths/cniBin"),
+        (&["hostPaths.bpffs="], "/hostPaths/bpffs"),
+        (&["image.digest=sha256:12"], "/image/digest"),
+        (
+            &["agent.logLevel=warn", "settings.log-level=debug"],
+            "settings.log-level",
+        ),
+        (&["settings.Log_Level=debug"], "Log_Level"),
+    ] {
+        let output = template(values);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{values:?} was taken");
+        assert!(said.contains(named), "{values:?}: {said}");
+    }
+}
+
+/// The DaemonSet's container.
+fn agent(values: &[&str]) -> Value {
+    let all = chart(values);
+    let (_, daemonset) = all
+        .iter()
+        .find(|((kind, ..), _)| kind == "DaemonSet")
+        .unwrap();
+    daemonset["spec"]["template"]["spec"]["containers"][0].clone()
+}
+
+#[test]
+fn values_reach_the_agent() {
+    let container = agent(&[
+        "agent.excludedNamespaces={kube-system,legacy}",
+        "agent.probeSource=none",
+        "agent.metricsPort=9000",
+        "agent.ztunnelGrace=1m",
+        "agent.enablementSelectors[0].podSelector.matchLabels.mesh=yes",
+        "settings.reconcile-period=10s",
+        "cni.ownConfig=false",
+    ]);
+    let variable = |name: &str| -> String {
+        let all = container["env"].as_array().unwrap();
+        let one = all
+            .iter()
+            .find(|one| one["name"] == name)
+            .unwrap_or_else(|| panic!("no {name}"));
+        one["value"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(
+        variable("CULVERT_EXCLUDED_NAMESPACES"),
+        "kube-system,legacy"
+    );
+    assert_eq!(variable("CULVERT_PROBE_SOURCE"), "none");
+    assert_eq!(variable("CULVERT_METRICS_ADDRESS"), ":9000");
+    assert_eq!(variable("CULVERT_ZTUNNEL_GRACE"), "1m");
+    assert_eq!(
+        variable("CULVERT_ENABLEMENT_SELECTORS"),
+        r#"[{"podSelector":{"matchLabels":{"mesh":"yes"}}}]"#
+    );
+    assert_eq!(variable("CULVERT_RECONCILE_PERIOD"), "10s");
+    assert_eq!(variable("CULVERT_CNI_OWN_CONFIG"), "false");
+    let ports = container["ports"].as_array().unwrap();
+    assert!(ports.iter().any(|port| port["containerPort"] == 9000));
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let image = agent(&[
+        "image.repository=registry.example/culvert",
+        &format!("image.digest={digest}"),
+    ]);
+    assert_eq!(image["image"], format!("registry.example/culvert@{digest}"));
+}
+
+#[test]
+fn scopes_divide_the_objects_between_them() {
+    let of = |values: &[&str]| -> Vec<_> { chart(values).into_keys().collect() };
+    let platform = "platform=openshift";
+    let mut divided = of(&[platform, "resourceScope=cluster"]);
+    assert!(
+        divided.iter().all(|(_, namespace, _)| namespace.is_empty()),
+        "{divided:?}"
+    );
+    let namespaced = of(&[platform, "resourceScope=namespace"]);
+    assert!(
+        namespaced
+            .iter()
+            .all(|(_, namespace, _)| !namespace.is_empty()),
+        "{namespaced:?}"
+    );
+    divided.extend(namespaced);
+    divided.sort();
+    assert_eq!(divided, of(&[platform]));
+}
+
+/// Helm with a cluster's administrator.
+fn on(api: &ControlPlane, args: &[&str]) -> String {
+    let mut helm = helm(args);
+    helm.env("KUBECONFIG", api.admin_kubeconfig());
+    helm.args(["--namespace", HOME]);
+    done(helm)
+}
+
+#[test]
+fn a_release_is_installed_upgraded_rolled_back_and_removed() {
+    let api = api("deploy-helm");
+    let chart = deploy().join("chart").display().to_string();
+    let daemonset = || api.admin().get(&["daemonset", "culvert", "-n", HOME]);
+    let variables =
+        || daemonset().unwrap()["spec"]["template"]["spec"]["containers"][0]["env"].to_string();
+
+    let notes = on(&api, &["install", "culvert", &chart, "--create-namespace"]);
+    assert!(notes.contains("culvert status"), "{notes}");
+    assert!(
+        notes.contains("pod-security.kubernetes.io/enforce=privileged"),
+        "{notes}"
+    );
+    let first = daemonset().unwrap()["spec"].clone();
+
+    let everything = [
+        "upgrade",
+        "culvert",
+        &chart,
+        "--set",
+        "agent.logLevel=debug",
+        "--set",
+        "resourceQuota=true",
+        "--set",
+        "monitoring.serviceMonitor.enabled=true",
+        "--set",
+        "monitoring.prometheusRule.enabled=true",
+        "--set",
+        "networkPolicy.enabled=true",
+        "--set",
+        "openshift.securityContextConstraints=true",
+        "--set",
+        "cni.chained=false",
+        "--set",
+        "multus.networkAttachmentDefinition=true",
+        "--set",
+        "istioCniNodeLabel=true",
+        "--set",
+        "podLabels.team=mesh",
+        "--set",
+        "imagePullSecrets={registry}",
+        "--set",
+        "nodeSelector.mesh=yes",
+        "--set",
+        "updateStrategy.type=OnDelete",
+    ];
+    on(&api, &everything);
+    assert!(
+        variables().contains(r#""name":"CULVERT_LOG_LEVEL","value":"debug""#),
+        "{}",
+        variables()
+    );
+    let labels = daemonset().unwrap()["spec"]["template"]["metadata"]["labels"].clone();
+    assert_eq!(
+        (&labels["k8s-app"], &labels["team"]),
+        (&"istio-cni-node".into(), &"mesh".into())
+    );
+    for object in [
+        "resourcequota",
+        "networkpolicy",
+        "servicemonitor",
+        "prometheusrule",
+        "securitycontextconstraints",
+    ] {
+        api.kubectl(&["get", object, "culvert", "-n", HOME])
+            .unwrap();
+    }
+
+    on(&api, &["rollback", "culvert", "1"]);
+    assert_eq!(daemonset().unwrap()["spec"], first);
+    assert!(
+        api.kubectl(&["get", "resourcequota", "culvert", "-n", HOME])
+            .is_err()
+    );
+
+    on(&api, &["uninstall", "culvert"]);
+    let gone = daemonset().unwrap_err().to_string();
+    assert!(gone.contains("NotFound"), "{gone}");
+    for (kind, namespace) in [
+        ("clusterrole", HOME),
+        ("role", HOME),
+        ("role", "kube-system"),
+        ("serviceaccount", HOME),
+    ] {
+        let left = api.kubectl(&["get", kind, "culvert", "-n", namespace]);
+        assert!(left.is_err(), "{kind} in {namespace} is left");
+    }
+}
