@@ -1,8 +1,8 @@
-//! `culvert load`, `unload`, `preflight`.
+//! `culvert load` and `unload`.
 
 use std::process::ExitCode;
 
-use culvert::kernel::{Node, node, preflight};
+use culvert::kernel::{Node, node};
 use serde_json::json;
 
 use super::{
@@ -74,34 +74,4 @@ pub(crate) fn unload(global: &Global, force: bool) -> anyhow::Result<ExitCode> {
         .to_owned()
     })?;
     Ok(ExitCode::SUCCESS)
-}
-
-pub(crate) fn preflight(global: &Global) -> anyhow::Result<ExitCode> {
-    let checks = preflight::run(&global.bpffs, global.cgroup_root.as_deref());
-    let ok = checks.iter().all(|c| c.ok);
-    print(
-        global.output,
-        &json!({ "ok": ok, "checks": checks }),
-        |_| {
-            let mut rows = vec![row!["CHECK", "", "WHAT WAS SEEN"]];
-            for c in &checks {
-                let cure = if c.ok {
-                    String::new()
-                } else {
-                    format!("; cure: {}", c.cure)
-                };
-                rows.push(row![
-                    c.name,
-                    if c.ok { "ok" } else { "MISSING" },
-                    format!("{}{cure}", c.detail)
-                ]);
-            }
-            columns(&rows)
-        },
-    )?;
-    Ok(if ok {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }

@@ -6,6 +6,7 @@ mod install;
 mod load;
 mod netns;
 mod output;
+mod preflight;
 mod status;
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
@@ -71,8 +72,7 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Check for every capability, mount and kernel feature at once.
-    Preflight,
+    Preflight(preflight::Args),
     /// Enrol network namespaces by hand, let them go, look at them.
     #[command(subcommand)]
     Netns(netns::Command),
@@ -109,7 +109,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Agent(agent) => agent::run(global, agent),
         Command::Load => load::load(global),
         Command::Unload { force } => load::unload(global, *force),
-        Command::Preflight => load::preflight(global),
+        Command::Preflight(args) => preflight::run(global, args),
         Command::Netns(command) => netns::run(global, command),
         Command::Events(args) => events::run(global, args),
         Command::Status(args) => status::run(global, args),

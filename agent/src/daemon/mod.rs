@@ -291,7 +291,11 @@ async fn show_watch(reconciler: Reconciler<Live>, source: Arc<Source>, task: adm
     loop {
         let trouble = match &*source {
             Source::Api(api) => api.stats().trouble(),
-            Source::Manifests(_) => None,
+            Source::Manifests(manifests) => {
+                let problems = manifests.problems();
+                let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                (!texts.is_empty()).then(|| texts.join("; "))
+            }
         };
         if *settled.borrow() {
             task.set_ready_but(trouble.unwrap_or_default());

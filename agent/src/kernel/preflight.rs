@@ -3,7 +3,7 @@
 //! Features are tried, never read from a version number: each probe is a program of a few instructions that
 //! calls one helper or reads one field.
 
-use std::{fs, io, path::Path, sync::OnceLock};
+use std::{borrow::Cow, fs, io, path::Path, sync::OnceLock};
 
 use aya_obj::generated::bpf_insn;
 use serde::Serialize;
@@ -20,7 +20,7 @@ use super::{
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
     /// What.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// It is there.
     pub ok: bool,
     /// What was seen.
@@ -33,7 +33,7 @@ fn check(name: &'static str, result: Result<String, String>, cure: impl Into<Str
     let ok = result.is_ok();
     let (Ok(detail) | Err(detail)) = result;
     Check {
-        name,
+        name: name.into(),
         ok,
         detail,
         cure: if ok { String::new() } else { cure.into() },

@@ -12,6 +12,7 @@ pub mod manifests;
 mod objects;
 mod parse;
 mod policies;
+pub mod preflight;
 pub mod rbac;
 pub mod removal;
 pub mod stats;

@@ -6,6 +6,7 @@ use std::{
     net::TcpStream,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::PathBuf,
+    process::Command,
     time::Duration,
 };
 
@@ -322,6 +323,95 @@ fn a_configuration_of_another_user_is_edited_and_one_that_cannot_be_is_said() {
     .unwrap_or_else(|e| panic!("{e:#}: {:?}", status()));
     chown(&conf, Some(0), Some(0)).unwrap();
     host.wait_ready().unwrap();
+    agent.term().unwrap();
+    assert!(agent.wait(LONG).unwrap().success());
+}
+
+#[test]
+fn a_host_that_lacks_something_is_told_what() {
+    let host = Host::new("operation-host").unwrap();
+    let (pods, run, dir) = (host.at("pods"), host.at("run"), host.at("plain"));
+    fs::create_dir_all(&dir).unwrap();
+    let taken = host.at("taken.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&taken).unwrap();
+    let file = host.at("file");
+    fs::write(&file, "").unwrap();
+    let kubeconfig = host.at("no-kubeconfig");
+    // What is wrong, and what the agent has to say of it.
+    let cases: [(&[&str], &[&str]); 7] = [
+        (
+            &["--bpffs", &dir],
+            &["no bpffs is mounted there", "mount -t bpf bpf /sys/fs/bpf"],
+        ),
+        (
+            &["--cgroup-root", &dir],
+            &["not on a cgroup v2 hierarchy", "mount -t cgroup2"],
+        ),
+        (
+            &["--cgroup-root", "/nowhere"],
+            &["/nowhere", "--cgroup-root"],
+        ),
+        (
+            &["--kubeconfig", &kubeconfig],
+            &["kubeconfig", "set one of pods and kubeconfig"],
+        ),
+        (&["--zds-socket", &taken], &[&taken]),
+        (&["--run-dir", &file], &[&file]),
+        (
+            &["--metrics-address", ":8000"],
+            &["health-address", "give it another port"],
+        ),
+    ];
+    for (wrong, said) in cases {
+        // Of two settings of one name none would count: only those are given that are not meant here.
+        let (bpffs, cgroup) = (host.lab.bpffs(), host.lab.cgroup());
+        let defaults: [(&str, String); 7] = [
+            ("--bpffs", bpffs.display().to_string()),
+            ("--cgroup-root", cgroup.display().to_string()),
+            ("--pods", pods.clone()),
+            ("--run-dir", run.clone()),
+            ("--probe-source", "none".to_owned()),
+            ("--decision-file", host.at("d.json")),
+            ("--zds-socket", host.at("z.sock")),
+        ];
+        let given = defaults.iter().filter(|(flag, _)| !wrong.contains(flag));
+        let program = host.lab.culvert_command(&[]).unwrap();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the lab's own would name a bpffs and a cgroup"
+        )]
+        let mut command = Command::new(program.get_program());
+        command.args(["agent", "--cni-install=false"]);
+        command.args(given.flat_map(|(flag, value)| [*flag, value.as_str()]));
+        command.args(wrong);
+        let agent = host.lab.node().spawn(command).unwrap();
+        let ended = agent.wait(LONG);
+        let stderr = agent.stderr();
+        assert!(
+            ended.is_ok_and(|status| !status.success()),
+            "{wrong:?}: it runs: {stderr}"
+        );
+        for text in said {
+            assert!(
+                stderr.contains(text),
+                "{wrong:?}: not `{text}` but: {stderr}"
+            );
+        }
+    }
+
+    // Manifests may come later: it waits for them, and says so where its state is asked for.
+    fs::remove_dir_all(&pods).unwrap();
+    let agent = host.agent(Creds::Root, &[]).unwrap();
+    eventually("the missing directory is named", || {
+        let status = host.status(&[])?.stdout;
+        Ok(status.contains(&pods) && status.contains("give --pods an existing file or directory"))
+    })
+    .unwrap();
+    fs::create_dir_all(&pods).unwrap();
+    eventually("nothing is missing", || {
+        Ok(!host.status(&[])?.stdout.contains(&pods))
+    })
+    .unwrap();
     agent.term().unwrap();
     assert!(agent.wait(LONG).unwrap().success());
 }

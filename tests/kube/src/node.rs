@@ -154,6 +154,19 @@ impl Node {
         Ok(())
     }
 
+    /// `culvert preflight`, of the host and of the cluster as the agent sees it.
+    pub fn preflight(&self) -> Result<CulvertOutput> {
+        let kubeconfig = self.kubeconfig.display().to_string();
+        let (namespace, _) = crate::HOME;
+        self.lab.culvert(&[
+            "preflight",
+            "--kubeconfig",
+            &kubeconfig,
+            "--namespace",
+            namespace,
+        ])
+    }
+
     /// `culvert status`.
     pub fn status(&self, more: &[&str]) -> Result<CulvertOutput> {
         let socket = self.at("run/agent.sock");

@@ -269,3 +269,51 @@ async fn an_agent_without_its_rights_says_which_it_lacks() {
     .unwrap();
     node.stop_agent().unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn preflight_finds_what_the_cluster_refuses_before_an_agent_does() {
+    logs();
+    let bed = Bed::start("said-preflight").await.unwrap();
+    let node = Node::new("said-preflight", &bed).unwrap();
+    let whole = node.preflight().unwrap();
+    assert!(whole.status.success(), "{whole:?}");
+    assert!(
+        whole.stdout.contains("right on pods/status") && whole.stdout.contains("not installed"),
+        "{whole:?}"
+    );
+    // A right less, and a setting of Cilium's.
+    let without =
+        rbac::manifests(|rule, verb| rule.resource != "networkpolicies" || verb != "watch");
+    bed.plane.apply(&without.unwrap()).unwrap();
+    bed.plane
+        .kubectl(&[
+            "create",
+            "configmap",
+            "cilium-config",
+            "-n",
+            "kube-system",
+            "--from-literal=cni-exclusive=true",
+        ])
+        .unwrap();
+    node.until("the authoriser knows", || {
+        Ok(!node.preflight()?.status.success())
+    })
+    .unwrap();
+    node.until("both are named", || {
+        let found = node.preflight()?;
+        Ok(
+            ["refused: watch", "in a ClusterRole", "cni.exclusive=false"]
+                .iter()
+                .all(|text| found.stdout.contains(text)),
+        )
+    })
+    .unwrap();
+    bed.plane
+        .apply(&rbac::manifests(|_, _| false).unwrap())
+        .unwrap();
+    node.until("everything that is refused is listed at once", || {
+        let found = node.preflight()?;
+        Ok(found.stdout.matches("refused: ").count() == culvert::watch::rbac::RULES.len())
+    })
+    .unwrap();
+}
