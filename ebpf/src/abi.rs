@@ -296,6 +296,8 @@ pub mod pod_flags {
     pub const DNS_LISTED: u32 = 1 << 9;
     /// Without [`DNS_LISTED`]: there is to be a list, but it was not known yet. User space's note.
     pub const DNS_PENDING: u32 = 1 << 10;
+    /// It leaves: every destination is excluded, and it is in the map for deliveries alone. User space's note.
+    pub const LEAVING: u32 = 1 << 11;
 }
 
 /// Key of `POD_ADDRS`.

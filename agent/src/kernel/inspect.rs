@@ -104,7 +104,8 @@ fn summary(
         .ok()
         .and_then(|link| sys::netns_link_info(link.as_fd()).ok())
         .map(|info| info.target);
-    let enrolled = node.maps().pods.get(&cookie.0)?.is_some();
+    let entry = node.maps().pods.get(&cookie.0)?;
+    let enrolled = entry.is_some_and(|pod| pod.flags & pod_flags::LEAVING == 0);
     let id = record.map(|r| (r.netns_dev, r.netns_inode));
     Ok(Summary {
         cookie,

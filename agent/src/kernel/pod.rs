@@ -17,7 +17,7 @@ use std::{
 
 use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Pod, Record, Role, RoleKey, pod_flags, role};
 use ipnet::IpNet;
-pub use release::{collect, detach, forget};
+pub use release::{collect, detach, forget, release};
 pub use sync::Synced;
 pub(super) use sync::{sync, sync_sysctls, virtual_names};
 

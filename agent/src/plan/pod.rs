@@ -30,6 +30,9 @@ pub enum Kernel {
     In,
     /// New connections go direct, old ones still need our rules.
     Draining,
+    /// New connections go direct, no old one is left; what peers that have not heard yet send by ztunnel is still
+    /// delivered.
+    Released,
 }
 
 /// What ztunnel knows of the pod.
@@ -70,7 +73,9 @@ pub enum Step {
     Tell,
     /// Write the annotation, or take it away.
     Annotate(Option<Redirection>),
-    /// Let go of the living pod.
+    /// Let new connections go direct, and still deliver what comes by ztunnel.
+    Release,
+    /// Let go of the living pod altogether.
     Detach,
     /// Take it from ztunnel.
     Untell,
@@ -97,12 +102,13 @@ pub fn next(wish: Wish, so: Observed) -> Step {
             (Ztunnel::Waiting, None) if !so.mute => Step::Annotate(Some(Redirection::Pending)),
             (Ztunnel::Waiting | Ztunnel::Untold, _) => Step::Tell,
         },
-        // The kernel first: from here on new connections go direct. Peers are told next; ztunnel last, for it ends the
-        // connections it carries soon after.
-        Wish::Out if matches!(so.kernel, Kernel::In | Kernel::Stale) => Step::Detach,
+        // New connections first: from here on they go direct. Peers are told next. Then ztunnel, once it carries nothing,
+        // for it ends what it carries soon after; what nobody delivers to any more goes last.
+        Wish::Out if matches!(so.kernel, Kernel::In | Kernel::Stale) => Step::Release,
         Wish::Out if so.annotation.is_some() && !so.mute => Step::Annotate(None),
         Wish::Out if so.kernel == Kernel::Draining => Step::Wait,
         Wish::Out if so.ztunnel != Ztunnel::Untold => Step::Untell,
+        Wish::Out if so.kernel == Kernel::Released => Step::Detach,
         Wish::Out => Step::Done,
         Wish::Gone if so.kernel != Kernel::Out => Step::Forget,
         Wish::Gone if so.ztunnel != Ztunnel::Untold => Step::Untell,
@@ -128,7 +134,8 @@ mod tests {
             Step::Attach => so.kernel = Kernel::In,
             Step::Tell => so.ztunnel = Ztunnel::Acked,
             Step::Annotate(value) => so.annotation = value,
-            Step::Detach | Step::Forget | Step::Wait => so.kernel = Kernel::Out,
+            Step::Release | Step::Wait => so.kernel = Kernel::Released,
+            Step::Detach | Step::Forget => so.kernel = Kernel::Out,
             Step::Untell => so.ztunnel = Ztunnel::Untold,
             Step::Done => {}
         }
@@ -186,10 +193,15 @@ mod tests {
     }
 
     #[test]
-    fn leaving_goes_kernel_peers_ztunnel() {
+    fn leaving_goes_new_connections_peers_ztunnel_rules() {
         assert_eq!(
             steps(Wish::Out, SERVED),
-            [Step::Detach, Step::Annotate(None), Step::Untell]
+            [
+                Step::Release,
+                Step::Annotate(None),
+                Step::Untell,
+                Step::Detach
+            ]
         );
         let draining = Observed {
             kernel: Kernel::Draining,
@@ -197,7 +209,7 @@ mod tests {
         };
         assert_eq!(
             steps(Wish::Out, draining),
-            [Step::Annotate(None), Step::Wait, Step::Untell]
+            [Step::Annotate(None), Step::Wait, Step::Untell, Step::Detach]
         );
     }
 
@@ -216,7 +228,10 @@ mod tests {
             mute: true,
             ..SERVED
         };
-        assert_eq!(steps(Wish::Out, mute), [Step::Detach, Step::Untell]);
+        assert_eq!(
+            steps(Wish::Out, mute),
+            [Step::Release, Step::Untell, Step::Detach]
+        );
     }
 
     #[test]
@@ -228,7 +243,13 @@ mod tests {
     fn every_state_comes_to_rest_where_it_should() {
         let annotations = [None, Some(Redirection::Pending), Some(Redirection::Enabled)];
         for wish in [Wish::Keep, Wish::In, Wish::Out, Wish::Gone] {
-            for kernel in [Kernel::Out, Kernel::Stale, Kernel::In, Kernel::Draining] {
+            for kernel in [
+                Kernel::Out,
+                Kernel::Stale,
+                Kernel::In,
+                Kernel::Draining,
+                Kernel::Released,
+            ] {
                 for ztunnel in [Ztunnel::Untold, Ztunnel::Waiting, Ztunnel::Acked] {
                     for annotation in annotations {
                         let so = Observed {

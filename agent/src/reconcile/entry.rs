@@ -33,6 +33,8 @@ pub(super) struct Entry<P> {
     /// Something of this kind is missing on the kernel's side.
     pub(super) broken: Option<verify::Kind>,
     pub(super) draining: usize,
+    /// New connections go direct, but the kernel still delivers what comes by ztunnel.
+    pub(super) released: bool,
     pub(super) ztunnel: Ztunnel,
     pub(super) annotation: Option<Redirection>,
     /// What the watch showed last: it may lag behind what we wrote.
@@ -83,6 +85,7 @@ impl<P> Entry<P> {
             captured: None,
             broken: None,
             draining: 0,
+            released: false,
             ztunnel: Ztunnel::Untold,
             annotation: None,
             shown_annotation: None,
@@ -104,9 +107,10 @@ impl<P> Entry<P> {
     /// The pod's state in the plan's terms.
     pub(super) fn observed(&self, now: Instant) -> Observed {
         let kernel = match &self.captured {
+            _ if self.draining > 0 => Kernel::Draining,
+            Some(_) if self.released => Kernel::Released,
             Some(policy) if *policy == self.policy && self.broken.is_none() => Kernel::In,
             Some(_) => Kernel::Stale,
-            None if self.draining > 0 => Kernel::Draining,
             None => Kernel::Out,
         };
         Observed {
@@ -158,6 +162,7 @@ impl<P> Entry<P> {
         self.captured = None;
         self.broken = None;
         self.draining = 0;
+        self.released = false;
         self.ztunnel = Ztunnel::Untold;
         self.look_again = None;
         self.trouble = None;

@@ -219,6 +219,15 @@ impl World for Live {
         Ok(())
     }
 
+    async fn release(&self, _: &Target, place: Arc<Netns>) -> Result<Left, Failure> {
+        let node = Arc::clone(&self.node);
+        let left = blocking(move || pod::release(&node, &place)).await?;
+        Ok(match left {
+            0 => Left::Nothing,
+            n => Left::Connections(n),
+        })
+    }
+
     async fn detach(&self, _: &Target, place: Arc<Netns>) -> Result<Left, Failure> {
         self.tracker.forget(place.cookie());
         let node = Arc::clone(&self.node);

@@ -12,7 +12,7 @@ fn state<P>(entry: &Entry<P>, now: Instant) -> PodState {
     let so = entry.observed(now);
     let failing = entry.trouble.is_some();
     match (entry.wish, so.kernel, so.ztunnel) {
-        (_, Kernel::Draining, _) => PodState::Draining,
+        (_, Kernel::Draining | Kernel::Released, _) => PodState::Draining,
         (Wish::In, Kernel::In, Ztunnel::Acked) => PodState::Enrolled,
         (Wish::In, ..) if failing && entry.place.is_some() => PodState::Failing,
         (Wish::In, Kernel::In, _) => PodState::Pending,

@@ -32,6 +32,7 @@ struct Job<P> {
     target: Target,
     place: Option<Arc<P>>,
     policy: Policy,
+    released: bool,
     repair: Option<Repair>,
 }
 
@@ -75,6 +76,7 @@ impl<W: World> Reconciler<W> {
             target: entry.target.clone(),
             place: entry.place.clone(),
             policy: entry.policy.clone(),
+            released: entry.released,
             repair: match entry.broken {
                 Some(kind) if entry.wish == Wish::In => Some(Repair {
                     kind,
@@ -105,6 +107,10 @@ impl<W: World> Reconciler<W> {
             }
             Step::Tell => world.tell(target, place()?).await?,
             Step::Annotate(value) => world.annotate(target, value).await?,
+            Step::Release => return world.release(target, place()?).await.map(Outcome::Left),
+            Step::Wait if job.released => {
+                return world.release(target, place()?).await.map(Outcome::Left);
+            }
             Step::Detach | Step::Wait => {
                 return world.detach(target, place()?).await.map(Outcome::Left);
             }
@@ -147,6 +153,8 @@ impl<W: World> Reconciler<W> {
                             entry.captured = Some(job.policy.clone());
                             entry.took[0] = took;
                             entry.broken = None;
+                            entry.draining = 0;
+                            entry.released = false;
                             entry.reason.clear();
                             notice = job.repair.clone().map(Notice::Repaired);
                             if job.repair.is_some() && entry.ztunnel == Ztunnel::Acked {
@@ -165,11 +173,18 @@ impl<W: World> Reconciler<W> {
                         (Step::Forget, _) => {
                             notice = entry.captured.take().map(|_| Notice::Ended);
                             entry.draining = 0;
+                            entry.released = false;
                             entry.place = None;
                         }
-                        (Step::Detach | Step::Wait, Outcome::Left(left)) => {
-                            if entry.captured.take().is_some() {
+                        (Step::Release | Step::Detach | Step::Wait, Outcome::Left(left)) => {
+                            let released =
+                                job.step == Step::Release || job.step == Step::Wait && job.released;
+                            if released && !entry.released {
                                 notice = Some(Notice::Unenrolled);
+                            }
+                            entry.released = released;
+                            if !released {
+                                entry.captured = None;
                             }
                             entry.broken = None;
                             entry.draining = match left {

@@ -90,6 +90,15 @@ impl World for Fake {
         Ok(())
     }
 
+    async fn release(&self, t: &Target, place: Arc<u32>) -> Result<Left, Failure> {
+        self.say(format!("release {t}"))?;
+        assert!(self.captured.lock().unwrap().contains_key(&place));
+        Ok(match *self.connections.lock().unwrap() {
+            0 => Left::Nothing,
+            n => Left::Connections(n),
+        })
+    }
+
     async fn detach(&self, t: &Target, place: Arc<u32>) -> Result<Left, Failure> {
         self.say(format!("detach {t}"))?;
         self.captured.lock().unwrap().remove(&place);

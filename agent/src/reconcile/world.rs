@@ -49,7 +49,7 @@ impl fmt::Display for Failure {
     }
 }
 
-/// What [`World::detach`] left.
+/// What [`World::release`] or [`World::detach`] left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Left {
     /// Nothing.
@@ -105,6 +105,13 @@ pub trait World: fmt::Debug + Send + Sync + 'static {
         place: Arc<Self::Place>,
         policy: Policy,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Lets a living pod's new connections go direct; what comes by ztunnel is still delivered.
+    fn release(
+        &self,
+        target: &Target,
+        place: Arc<Self::Place>,
+    ) -> impl Future<Output = Result<Left, Failure>> + Send;
 
     /// Lets a living pod go.
     fn detach(

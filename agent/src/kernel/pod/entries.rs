@@ -225,6 +225,12 @@ pub(super) fn set_exclusions(
     Ok(())
 }
 
+/// Adds all destinations there are, of both families: IPv4 is a part of IPv6 here.
+pub(super) fn exclude_everything(node: &Node, cookie: NetnsCookie) -> Result<()> {
+    let all = IpNet::V6(ipnet::Ipv6Net::default());
+    node.maps().excluded_cidrs.set(&lpm(cookie, &all), &1)
+}
+
 /// Makes the resolvers of `dns` the ones whose lookups are captured. With `known` there may be others from before.
 pub(super) fn set_resolvers(
     node: &Node,

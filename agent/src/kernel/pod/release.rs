@@ -2,9 +2,12 @@
 
 use std::os::fd::AsFd;
 
-use culvert_ebpf::abi::{Record, UsualKey, mark};
+use culvert_ebpf::abi::{Record, UsualKey, mark, pod_flags};
 
-use super::{Detached, entries::forget_maps};
+use super::{
+    Detached,
+    entries::{exclude_everything, forget_maps},
+};
 use crate::{
     kernel::{
         error::{Error, Result},
@@ -16,6 +19,23 @@ use crate::{
     },
     plan::netns as plan,
 };
+
+/// New connections go direct from here on, as with everything excluded; but what peers that have not heard yet send by
+/// ztunnel is still delivered, for which the programs must know the pod. Returns how many old connections need it; to be
+/// followed by [`detach`].
+pub fn release(node: &Node, netns: &Netns) -> Result<usize> {
+    let _lock = node.lock()?;
+    let cookie = netns.cookie();
+    if let Some(mut pod) = node.maps().pods.get(&cookie.0)? {
+        exclude_everything(node, cookie)?;
+        pod.flags |= pod_flags::LEAVING | pod_flags::CIDRS | pod_flags::BYPASS_INBOUND;
+        pod.flags &= !(pod_flags::DNS | pod_flags::DNS_LISTED | pod_flags::DNS_PENDING);
+        node.maps().pods.set(&cookie.0, &pod)?;
+    }
+    let guard = netns.enter()?;
+    strays(cookie, &guard);
+    sockdiag::marked(&guard, mark::FAMILY, mark::FAMILY_MASK)
+}
 
 /// Lets the pod go: new connections go direct at once, old ones live on.
 pub fn detach(node: &Node, netns: &Netns) -> Result<Detached> {

@@ -8,7 +8,12 @@ async fn it_leaves_when_the_label_goes() {
     stage.namespace("shop", None);
     assert_eq!(
         stage.soon().await,
-        ["detach shop/a", "annotate shop/a -", "untell shop/a"]
+        [
+            "release shop/a",
+            "annotate shop/a -",
+            "untell shop/a",
+            "detach shop/a"
+        ]
     );
     assert!(stage.reconciler.report().is_empty());
 }
@@ -21,9 +26,10 @@ async fn letting_go_is_tried_again_too() {
     assert_eq!(
         stage.after(Duration::from_secs(2)).await,
         [
-            "detach shop/a",
+            "release shop/a",
             "annotate shop/a - failed",
             "untell shop/a",
+            "detach shop/a",
             "annotate shop/a -"
         ]
     );
@@ -36,14 +42,29 @@ async fn old_connections_keep_ztunnel_in_the_pod() {
     *stage.fake().connections.lock().unwrap() = 3;
     stage.namespace("shop", None);
     let log = stage.after(Duration::from_secs(12)).await;
-    assert_eq!(log[..2], ["detach shop/a", "annotate shop/a -"]);
-    assert!(log[2..].iter().all(|l| l == "detach shop/a"), "{log:?}");
+    assert_eq!(log[..2], ["release shop/a", "annotate shop/a -"]);
+    assert!(log.len() > 2, "{log:?}");
+    assert!(log[2..].iter().all(|l| l == "release shop/a"), "{log:?}");
     assert_eq!(stage.reconciler.report()[0].state, PodState::Draining);
     *stage.fake().connections.lock().unwrap() = 0;
     assert_eq!(
         stage.after(Duration::from_secs(6)).await,
-        ["detach shop/a", "untell shop/a"]
+        ["release shop/a", "untell shop/a", "detach shop/a"]
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_comes_back_while_it_drains_is_whole_again() {
+    let stage = enrolled().await;
+    *stage.fake().connections.lock().unwrap() = 3;
+    stage.namespace("shop", None);
+    stage.after(Duration::from_secs(12)).await;
+    stage.namespace("shop", Some("ambient"));
+    assert_eq!(
+        stage.soon().await,
+        ["attach shop/a", "annotate shop/a enabled"]
+    );
+    assert_eq!(stage.reconciler.report()[0].state, PodState::Enrolled);
 }
 
 #[tokio::test(start_paused = true)]

@@ -73,5 +73,8 @@ async fn what_is_captured_stays_while_nothing_can_be_said_about_the_pod() {
     assert!(stage.after(Duration::from_secs(60)).await.is_empty());
     assert!(stage.fake().captured.lock().unwrap().contains_key(&7));
     stage.namespace("shop", None);
-    assert_eq!(stage.soon().await, ["detach shop/a", "untell shop/a"]);
+    assert_eq!(
+        stage.soon().await,
+        ["release shop/a", "untell shop/a", "detach shop/a"]
+    );
 }
