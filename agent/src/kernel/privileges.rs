@@ -161,8 +161,8 @@ mod tests {
         for need in NEEDED {
             assert_eq!(need.capability.to_string(), need.name);
             let row = format!("| {} | {} |", need.name, need.why);
-            let page = include_str!("../../../deploy/README.md");
-            assert!(page.contains(&row), "deploy/README.md lacks: {row}");
+            let page = include_str!("../../../docs/privileges.md");
+            assert!(page.contains(&row), "docs/privileges.md lacks: {row}");
         }
     }
 

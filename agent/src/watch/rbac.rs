@@ -85,7 +85,7 @@ pub const RULES: [Rule; 8] = [
         scope: Scope::Own,
         group: "apps",
         resource: "daemonsets",
-        names: &[],
+        names: &["culvert"],
         verbs: &["get"],
         why: "on SIGTERM: whether this is an upgrade or a removal",
     },
