@@ -1,7 +1,7 @@
 //! The chart with the real helm: linted, with values that contradict refused by name, and a release's whole life on a real
 //! API server.
 
-use culvert_cluster::ControlPlane;
+use culvert_cluster::{ControlPlane, Part, Parts};
 use serde_json::Value;
 
 use crate::render::{chart, deploy, done, helm, template};
@@ -236,4 +236,33 @@ fn a_release_is_installed_upgraded_rolled_back_and_removed() {
         let left = api.kubectl(&["get", kind, "culvert", "-n", namespace]);
         assert!(left.is_err(), "{kind} in {namespace} is left");
     }
+}
+
+#[test]
+fn the_values_for_cilium_are_what_its_configuration_says_then() {
+    let agent = Parts::find().unwrap().get(Part::CiliumAgent).unwrap();
+    let cilium = agent.with_file_name("chart").display().to_string();
+    let values = deploy().join("cilium/values.yaml").display().to_string();
+    let shown = "templates/cilium-configmap.yaml";
+    let rendered = |more: &[&str]| -> Value {
+        let common = [
+            "template",
+            "cilium",
+            &cilium,
+            "--kube-version",
+            "1.36.3",
+            "--show-only",
+            shown,
+        ];
+        let text = done(helm(&[&common[..], more].concat()));
+        serde_saphyr::from_str::<Value>(&text).unwrap()["data"].clone()
+    };
+    let (plain, ours) = (rendered(&[]), rendered(&["--values", &values]));
+    assert_eq!(
+        plain["cni-exclusive"], "true",
+        "then the value is not needed any more"
+    );
+    assert_eq!(ours["cni-exclusive"], "false");
+    assert_eq!(ours["bpf-lb-sock-hostns-only"], "true");
+    assert_ne!(ours["enable-ztunnel"], "true");
 }
