@@ -392,9 +392,14 @@ pub fn answered<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     let Some(slot) = dns::slot_of(&from) else {
         return 1;
     };
+    let v4 = from.is_v4();
     let resolver = match asked(socket(ctx), false) {
-        Some(asked) => asked.resolver(slot),
-        None => usual(netns_cookie(ctx), from.is_v4()),
+        None => usual(netns_cookie(ctx), v4),
+        Some(asked) => match asked.resolver(slot) {
+            // The first slot is of one family, and the socket may have asked the other's usual resolver.
+            Some(other) if other.is_v4() != v4 => usual(netns_cookie(ctx), v4),
+            known => known,
+        },
     };
     if let Some(resolver) = resolver {
         set_peer::<V6>(ctx, &resolver, port::DOMAIN);

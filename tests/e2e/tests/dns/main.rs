@@ -5,6 +5,7 @@
 )]
 
 mod clients;
+mod several;
 mod sockets;
 mod switching;
 
