@@ -207,16 +207,19 @@ fn serve_tcp(listener: &TcpListener, state: &State, v4: Ipv4Addr, v6: Ipv6Addr) 
 
 /// Asks over a connected socket, and checks that the answer's source and the peer are the resolver that was asked.
 pub fn ask_connected(ns: &Ns, resolver: SocketAddr, name: &str) -> Result<Ipv4Addr> {
-    ns.run(|| {
-        let socket = bound(resolver)?;
-        socket.connect(resolver)?;
-        let peer = socket.peer_addr()?;
-        ensure!(same(peer, resolver), "the peer is {peer}, not {resolver}");
-        socket.send(&question(7, name))?;
-        let (from, answer) = receive(&socket)?;
-        ensure!(same(from, resolver), "{from} answered, not {resolver}");
-        Ok(answer.1)
-    })
+    ns.run(|| ask_connected_here(resolver, name))
+}
+
+/// As `ask_connected`, in the calling thread's namespace.
+pub fn ask_connected_here(resolver: SocketAddr, name: &str) -> Result<Ipv4Addr> {
+    let socket = bound(resolver)?;
+    socket.connect(resolver)?;
+    let peer = socket.peer_addr()?;
+    ensure!(same(peer, resolver), "the peer is {peer}, not {resolver}");
+    socket.send(&question(7, name))?;
+    let (from, answer) = receive(&socket)?;
+    ensure!(same(from, resolver), "{from} answered, not {resolver}");
+    Ok(answer.1)
 }
 
 /// Asks over an unconnected socket, and checks the answer's source.

@@ -7,6 +7,7 @@
 mod away;
 mod dns;
 mod escape;
+mod order;
 mod paths;
 mod probes;
 
