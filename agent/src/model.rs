@@ -81,6 +81,9 @@ pub struct Pod {
     pub deleting: bool,
     /// `status.podIPs`, or `status.podIP` where there is no list.
     pub addresses: BTreeSet<IpAddr>,
+    /// `spec.dnsConfig.nameservers`, where `spec.dnsPolicy` is `None`: all that its `resolv.conf` will name. Otherwise the
+    /// kubelet adds others, and this is empty.
+    pub nameservers: BTreeSet<IpAddr>,
 }
 
 /// What it takes to speak about a pod after it has left the view.

@@ -298,6 +298,8 @@ pub mod pod_flags {
     pub const DNS_PENDING: u32 = 1 << 10;
     /// It leaves: every destination is excluded, and it is in the map for deliveries alone. User space's note.
     pub const LEAVING: u32 = 1 << 11;
+    /// With [`DNS_LISTED`]: the list is that of the pod's `resolv.conf`. User space's note.
+    pub const DNS_FOLLOWED: u32 = 1 << 12;
 }
 
 /// Key of `POD_ADDRS`.

@@ -245,11 +245,11 @@ fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_jso
     };
     let on = |flag| serde_json::Value::from(pod.flags & flag != 0);
     out.insert("dns", on(pod_flags::DNS));
-    let mut resolvers = node.maps().resolvers.keys()?;
-    resolvers.retain(|k| k.cookie == cookie);
-    let mut resolvers: Vec<IpAddr> = resolvers.into_iter().map(|k| k.addr.into()).collect();
-    resolvers.sort_unstable();
     if pod.flags & pod_flags::DNS_LISTED != 0 {
+        let resolvers = node
+            .resolvers()?
+            .remove(&netns.cookie())
+            .unwrap_or_default();
         out.insert(
             "dns_resolvers",
             resolvers.iter().map(ToString::to_string).collect(),

@@ -7,8 +7,10 @@
 mod attach;
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
+    net::IpAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -20,7 +22,7 @@ use super::{
     cgroup, dns,
     error::{Error, Result},
     maps::Maps,
-    netns::Netns,
+    netns::{Netns, NetnsCookie},
     object::{self, Programs},
     pins::{self, Lock, Pins},
     preflight, sys,
@@ -329,6 +331,19 @@ impl Node {
             .config
             .get(&0)?
             .ok_or_else(|| other_abi(&self.pins, "without a configuration"))
+    }
+
+    /// The resolvers whose lookups are captured, sorted, of pods where not all are.
+    pub(super) fn resolvers(&self) -> Result<BTreeMap<NetnsCookie, Vec<IpAddr>>> {
+        let mut resolvers: BTreeMap<NetnsCookie, Vec<IpAddr>> = BTreeMap::new();
+        for key in self.maps.resolvers.keys()? {
+            let of_pod = resolvers.entry(NetnsCookie(key.cookie)).or_default();
+            of_pod.push(key.addr.into());
+        }
+        for list in resolvers.values_mut() {
+            list.sort_unstable();
+        }
+        Ok(resolvers)
     }
 
     /// Where the DNS programs go.

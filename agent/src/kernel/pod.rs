@@ -77,7 +77,7 @@ impl Policy {
         if policy.dns == Dns::ResolvConf {
             let found = resolv_conf::of(netns)?;
             if !found.is_empty() {
-                policy.dns = Dns::Resolvers(found);
+                policy.dns = Dns::Found(found);
             }
         }
         Ok(policy)
@@ -120,6 +120,8 @@ pub enum Dns {
     Resolvers(Vec<IpAddr>),
     /// Those that ask a resolver of the pod's own `/etc/resolv.conf`; all, until a process of the pod has one.
     ResolvConf,
+    /// [`ResolvConf`](Self::ResolvConf), with what the file said when it was read.
+    Found(Vec<IpAddr>),
 }
 
 impl From<bool> for Dns {

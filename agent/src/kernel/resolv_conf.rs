@@ -4,6 +4,7 @@
 //! read.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions},
     io::{self, Read as _},
     net::IpAddr,
@@ -20,22 +21,34 @@ const LONGEST: u64 = 64 * 1024;
 
 /// The resolvers of all processes in the namespace, sorted; empty while there is no process, or none with such a file.
 pub fn of(netns: &Netns) -> Result<Vec<IpAddr>> {
-    let mut found = Vec::new();
+    let of_one = of_each(&[netns])?.into_values().next();
+    Ok(of_one.unwrap_or_default())
+}
+
+/// The same for several namespaces in one look through the processes, by device and inode of each that has any.
+pub fn of_each(wanted: &[&Netns]) -> Result<BTreeMap<(u64, u64), Vec<IpAddr>>> {
+    let wanted: BTreeSet<_> = wanted.iter().map(|n| (n.dev(), n.inode())).collect();
+    let mut found: BTreeMap<(u64, u64), Vec<IpAddr>> = BTreeMap::new();
     for pid in procfs::processes(Path::new(procfs::PROC))? {
-        let inside = fs::metadata(format!("/proc/{pid}/ns/net"))
-            .is_ok_and(|m| (m.dev(), m.ino()) == (netns.dev(), netns.inode()));
-        if !inside {
+        let Ok(inside) = fs::metadata(format!("/proc/{pid}/ns/net")) else {
+            continue;
+        };
+        let inside = (inside.dev(), inside.ino());
+        if !wanted.contains(&inside) {
             continue;
         }
         match read(&format!("/proc/{pid}/root")) {
-            Ok(text) => found.extend(nameservers(&text)),
+            Ok(text) => found.entry(inside).or_default().extend(nameservers(&text)),
             // It ended, or has none.
             Err(error) if procfs::vanished(&error) => {}
             Err(error) => tracing::debug!(pid, %error, "reading a pod's resolv.conf"),
         }
     }
-    found.sort_unstable();
-    found.dedup();
+    for resolvers in found.values_mut() {
+        resolvers.sort_unstable();
+        resolvers.dedup();
+    }
+    found.retain(|_, resolvers| !resolvers.is_empty());
     Ok(found)
 }
 

@@ -20,7 +20,7 @@ use super::{
     netns::{Netns, NetnsCookie},
     node::Node,
     object::{ATTACH_SETSOCKOPT, ATTACH_SOCK_CREATE, ATTACH_SOCK_OPS},
-    pod, sys, sysctl,
+    pod, resolv_conf, sys, sysctl,
 };
 use crate::plan::netns::{self as plan, Observed, Step};
 
@@ -30,7 +30,7 @@ use crate::plan::netns::{self as plan, Observed, Step};
 pub enum Kind {
     /// A program of the node is not attached, or not in its place.
     Program,
-    /// A program for DNS over UDP is not attached, and a pod has them on.
+    /// A program for DNS over UDP is not attached, and a pod has them on; or the pod's resolvers are others by now.
     Dns,
     /// The pod has no entry in `PODS`: nothing of it is captured.
     Entry,
@@ -92,22 +92,48 @@ impl Problem {
     }
 }
 
-/// The node's programs, and of each pod its entry and its link. Microseconds a pod.
-pub fn verify_quick(node: &Node, cookies: &[NetnsCookie]) -> Result<Vec<Problem>> {
+/// The node's programs, and of each pod its entry and its link: microseconds a pod. Where lookups are captured by what
+/// pods' `resolv.conf` say, a look through all processes as well.
+pub fn verify_quick(node: &Node, places: &[&Netns]) -> Result<Vec<Problem>> {
     let mut problems = verify_programs(node)?;
-    for cookie in cookies {
+    let mut following = Vec::new();
+    for place in places {
+        let cookie = place.cookie();
         match node.maps().pods.get(&cookie.0)? {
             None => {
                 let what = "not enrolled: nothing of it is captured";
-                problems.push(Problem::pod(*cookie, Kind::Entry, what));
+                problems.push(Problem::pod(cookie, Kind::Entry, what));
             }
-            Some(pod) if pod.flags & pod_flags::DNS_PENDING != 0 => {
-                let what = "its resolv.conf was not there when it was enrolled: all its lookups are captured";
-                problems.push(Problem::pod(*cookie, Kind::Entry, what));
+            Some(pod) if pod.flags & (pod_flags::DNS_PENDING | pod_flags::DNS_FOLLOWED) != 0 => {
+                following.push(*place);
             }
             Some(_) => {}
         }
-        problems.extend(link(node, *cookie, None));
+        problems.extend(link(node, cookie, None));
+    }
+    if !following.is_empty() {
+        problems.extend(resolvers(node, &following)?);
+    }
+    Ok(problems)
+}
+
+/// Pods whose `resolv.conf` names others than those whose lookups are captured. While there is no process there is no
+/// file, and nobody who asks.
+fn resolvers(node: &Node, places: &[&Netns]) -> Result<Vec<Problem>> {
+    let mut found = resolv_conf::of_each(places)?;
+    let captured = node.resolvers()?;
+    let mut problems = Vec::new();
+    for place in places {
+        let cookie = place.cookie();
+        let captured = captured.get(&cookie).map_or(&[][..], Vec::as_slice);
+        if let Some(now) = found.remove(&(place.dev(), place.inode()))
+            && now != captured
+        {
+            let what = format!(
+                "its resolv.conf names {now:?}, the list of captured lookups {captured:?}: attach again"
+            );
+            problems.push(Problem::pod(cookie, Kind::Dns, what));
+        }
     }
     Ok(problems)
 }
@@ -208,6 +234,9 @@ pub(super) fn compare(
             Kind::Sysctl,
             format!("{path} is not 1: attach again"),
         ));
+    }
+    if entry.flags & (pod_flags::DNS_PENDING | pod_flags::DNS_FOLLOWED) != 0 {
+        problems.extend(resolvers(node, &[netns])?);
     }
     problems.extend(link(node, cookie, Some(netns.inode())));
     Ok(problems)

@@ -2,7 +2,7 @@
 //!
 //! Pure: looks at nothing but its arguments. An annotation that we write ourselves is an output and never read here.
 
-use std::{collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt, net::IpAddr};
 
 use ipnet::IpNet;
 
@@ -30,6 +30,8 @@ pub struct Wanted {
     pub bypass_inbound: bool,
     /// Names are asked of ztunnel.
     pub dns: bool,
+    /// All resolvers that the pod's `resolv.conf` will name, where its manifest alone decides that.
+    pub resolvers: BTreeSet<IpAddr>,
     /// What enters the pod by these interfaces is outbound traffic.
     pub virtual_interfaces: Vec<String>,
     /// Destination ports left alone.
@@ -157,6 +159,7 @@ fn wanted(pod: &Pod, namespace: &Namespace, settings: &Settings) -> Wanted {
     Wanted {
         bypass_inbound: read.switch(keys::BYPASS_INBOUND).unwrap_or(false),
         dns: read.switch(keys::DNS_CAPTURE).unwrap_or(settings.dns),
+        resolvers: pod.nameservers.clone(),
         virtual_interfaces: read.interfaces(keys::VIRTUAL_INTERFACES),
         exclude_outbound_ports: read.ports(keys::EXCLUDE_OUTBOUND_PORTS),
         exclude_outbound_cidrs: read.networks(keys::EXCLUDE_OUTBOUND_CIDRS),

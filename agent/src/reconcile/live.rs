@@ -377,8 +377,8 @@ impl World for Live {
     async fn verify(&self, places: Vec<(PodUid, Arc<Netns>)>) -> Vec<(PodUid, verify::Problem)> {
         let node = Arc::clone(&self.node);
         let checked = blocking(move || {
-            let cookies: Vec<_> = places.iter().map(|(_, p)| p.cookie()).collect();
-            let (of_pods, of_node): (Vec<_>, Vec<_>) = verify::verify_quick(&node, &cookies)?
+            let all: Vec<&Netns> = places.iter().map(|(_, p)| p.as_ref()).collect();
+            let (of_pods, of_node): (Vec<_>, Vec<_>) = verify::verify_quick(&node, &all)?
                 .into_iter()
                 .partition(|problem| problem.cookie.is_some());
             let uncaptured = of_node.iter().find(|p| p.kind == verify::Kind::Program);

@@ -72,7 +72,8 @@ impl Options {
             dns: match (wanted.dns, self.polite_dns) {
                 (false, _) => Dns::Off,
                 (true, false) => Dns::All,
-                (true, true) => Dns::ResolvConf,
+                (true, true) if wanted.resolvers.is_empty() => Dns::ResolvConf,
+                (true, true) => Dns::Resolvers(wanted.resolvers.iter().copied().collect()),
             },
             named_ztunnel: self.named_ztunnel,
         }

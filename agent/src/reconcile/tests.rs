@@ -292,6 +292,7 @@ fn pod(uid: &str) -> Pod {
         phase: Phase::Running,
         deleting: false,
         addresses: ["10.0.0.1".parse().unwrap()].into(),
+        nameservers: [].into(),
     }
 }
 

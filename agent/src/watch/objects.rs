@@ -32,6 +32,14 @@ pub(super) struct Spec {
     host_network: Option<bool>,
     runtime_class_name: Option<String>,
     service_account_name: Option<String>,
+    dns_policy: Option<String>,
+    dns_config: Option<DnsConfig>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct DnsConfig {
+    nameservers: Option<Vec<String>>,
 }
 
 /// The part of a pod's `status` that counts.
@@ -159,6 +167,7 @@ pub(super) fn pod(pod: Pod) -> Option<model::Pod> {
     let annotations = kept(metadata.annotations);
     let static_uid = annotations.get(keys::CONFIG_HASH);
     Some(model::Pod {
+        nameservers: nameservers(&spec),
         uid: metadata.uid.as_deref()?.into(),
         static_uid: static_uid.map(|uid| uid.as_str().into()),
         namespace: metadata.namespace?,
@@ -177,6 +186,19 @@ pub(super) fn pod(pod: Pod) -> Option<model::Pod> {
         deleting: metadata.deletion_timestamp.is_some(),
         addresses: addresses(&status),
     })
+}
+
+fn nameservers(spec: &Spec) -> BTreeSet<IpAddr> {
+    let alone = spec.dns_policy.as_deref() == Some("None");
+    let config = spec.dns_config.as_ref().filter(|_| alone);
+    let named = config
+        .and_then(|c| c.nameservers.as_ref())
+        .into_iter()
+        .flatten();
+    named
+        .filter_map(|text| text.parse::<IpAddr>().ok())
+        .map(|ip| ip.to_canonical())
+        .collect()
 }
 
 fn addresses(status: &Status) -> BTreeSet<IpAddr> {

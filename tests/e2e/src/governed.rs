@@ -38,15 +38,13 @@ impl Governed {
 
     /// The same with an agent that is started in another way.
     pub fn with(name: &str, change: impl FnOnce(AgentOptions) -> AgentOptions) -> Result<Self> {
-        let mut node = Self::without_ztunnel(name, change)?;
+        let mut node = Self::unserved(name, change)?;
         node.start_ztunnel()?;
         Ok(node)
     }
 
-    fn without_ztunnel(
-        name: &str,
-        change: impl FnOnce(AgentOptions) -> AgentOptions,
-    ) -> Result<Self> {
+    /// With no ztunnel yet: `peers` says how it will be started.
+    pub fn unserved(name: &str, change: impl FnOnce(AgentOptions) -> AgentOptions) -> Result<Self> {
         let lab = Lab::new(name)?;
         let options = change(AgentOptions::new(&lab));
         options.namespace(NAMESPACE, None)?;
@@ -62,7 +60,7 @@ impl Governed {
 
     /// With these pods, in the mesh by their namespace's label, reaching each other through HBONE.
     pub fn meshed<const N: usize>(name: &str, pods: [&str; N]) -> Result<(Self, [Ns; N])> {
-        let mut node = Self::without_ztunnel(name, |options| options)?;
+        let mut node = Self::unserved(name, |options| options)?;
         let mut made = Vec::new();
         for pod in pods {
             made.push(node.pod(pod)?);

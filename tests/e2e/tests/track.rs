@@ -281,8 +281,7 @@ fn what_is_missing_is_found_and_named() {
     let node = load(&lab);
     let pod = lab.pod("a").unwrap();
     let netns = enrol(&lab, &node, &pod, &pod::Policy::default());
-    let cookies = [netns.cookie()];
-    let quick = || verify::verify_quick(&node, &cookies).unwrap();
+    let quick = || verify::verify_quick(&node, &[&netns]).unwrap();
     let kinds = |found: Vec<Problem>| {
         found
             .into_iter()
@@ -357,8 +356,8 @@ fn looking_after_a_full_node_is_quiet() {
         .iter()
         .map(|pod| enrol(&lab, &node, pod, &pod::Policy::default()))
         .collect();
-    let cookies: Vec<NetnsCookie> = enrolled.iter().map(|n| n.cookie()).collect();
-    assert_eq!(verify::verify_quick(&node, &cookies).unwrap(), Vec::new());
+    let all: Vec<&Netns> = enrolled.iter().map(AsRef::as_ref).collect();
+    assert_eq!(verify::verify_quick(&node, &all).unwrap(), Vec::new());
 
     let watching = Watching::start(&lab, &node);
     for netns in &enrolled {

@@ -92,6 +92,11 @@ impl AgentOptions {
     /// Writes a Pod for a namespace of the lab: in Kubernetes namespace `default`; UID and service account are
     /// its name.
     pub fn pod(&self, ns: &Ns, labels: &Value, annotations: &Value) -> Result<()> {
+        self.pod_of(ns, labels, annotations, &json!({}))
+    }
+
+    /// The same with more in its spec.
+    pub fn pod_of(&self, ns: &Ns, labels: &Value, annotations: &Value, spec: &Value) -> Result<()> {
         let addresses: Vec<Value> = Family::BOTH
             .iter()
             .filter_map(|f| ns.ip(*f).ok())
@@ -100,12 +105,14 @@ impl AgentOptions {
         let mut annotations = annotations.clone();
         annotations["culvert.dev/netns"] = json!(ns.path());
         let name = ns.name();
+        let mut spec = spec.clone();
+        spec["serviceAccountName"] = json!(name);
         self.write(
             &format!("pod-{name}"),
             &json!({
                 "apiVersion": "v1", "kind": "Pod",
                 "metadata": {"name": name, "namespace": NAMESPACE, "uid": name, "labels": labels, "annotations": annotations},
-                "spec": {"serviceAccountName": name},
+                "spec": spec,
                 "status": {"phase": "Running", "podIPs": addresses},
             }),
         )

@@ -24,9 +24,10 @@ pub(super) fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
     for (on, flag) in [
         (policy.dns != Dns::Off, pod_flags::DNS),
         (
-            matches!(policy.dns, Dns::Resolvers(_)),
+            matches!(policy.dns, Dns::Resolvers(_) | Dns::Found(_)),
             pod_flags::DNS_LISTED,
         ),
+        (matches!(policy.dns, Dns::Found(_)), pod_flags::DNS_FOLLOWED),
         (policy.dns == Dns::ResolvConf, pod_flags::DNS_PENDING),
         (policy.bypass_inbound, pod_flags::BYPASS_INBOUND),
         (!policy.exclude_outbound_cidrs.is_empty(), pod_flags::CIDRS),
@@ -244,7 +245,7 @@ pub(super) fn set_resolvers(
         addr: Addr::from(*ip),
     };
     let wanted: Vec<PodAddr> = match dns {
-        Dns::Resolvers(list) => list.iter().map(key).collect(),
+        Dns::Resolvers(list) | Dns::Found(list) => list.iter().map(key).collect(),
         Dns::Off | Dns::All | Dns::ResolvConf => Vec::new(),
     };
     for key in &wanted {

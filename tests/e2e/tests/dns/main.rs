@@ -5,6 +5,7 @@
 )]
 
 mod clients;
+mod governed;
 mod several;
 mod sockets;
 mod switching;

@@ -159,11 +159,13 @@ fn receive_with_address(socket: &UdpSocket) -> (SocketAddr, u16) {
     )
     .unwrap();
     let from = got.address.unwrap();
-    let from = match (from.as_sockaddr_in(), from.as_sockaddr_in6()) {
-        (Some(v4), _) => SocketAddr::V4(SocketAddrV4::from(*v4)),
-        (_, Some(v6)) => SocketAddr::V6(SocketAddrV6::from(*v6)),
-        _ => panic!("an answer from {from:?}"),
-    };
+    let v4 = from
+        .as_sockaddr_in()
+        .map(|v4| SocketAddr::V4(SocketAddrV4::from(*v4)));
+    let v6 = from
+        .as_sockaddr_in6()
+        .map(|v6| SocketAddr::V6(SocketAddrV6::from(*v6)));
+    let from = v4.or(v6).unwrap();
     let told = got.cmsgs().unwrap().any(|message| {
         matches!(
             message,
