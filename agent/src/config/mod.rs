@@ -6,6 +6,7 @@
 
 mod args;
 mod check;
+mod choices;
 mod resolve;
 mod show;
 mod values;
@@ -13,12 +14,10 @@ mod values;
 use std::{collections::BTreeSet, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 pub use args::AgentArgs;
+pub use choices::{AgentAway, DnsScope, LogFormat, OwnConfig, ProbeSource};
 pub use resolve::{Environment, Loaded, Origin, Problem, Problems};
 pub use show::{Setting, settings};
-pub use values::{
-    AgentAway, DnsScope, EnablementSelectors, Grace, Listen, LogFormat, LogLevel, OwnConfig,
-    Patterns, ProbeSource, Value,
-};
+pub use values::{EnablementSelectors, Grace, Listen, LogLevel, Patterns, Value};
 
 use resolve::Resolver;
 

@@ -8,6 +8,7 @@ pub mod conflist;
 mod error;
 mod files;
 mod json;
+mod operation;
 mod options;
 mod party;
 mod plan;

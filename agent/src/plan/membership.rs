@@ -249,5 +249,4 @@ impl fmt::Display for Membership {
 }
 
 #[cfg(test)]
-#[path = "membership_tests.rs"]
 mod tests;

@@ -3,10 +3,9 @@
 //! Order is the point: our rules stand before the local table, the local table stays at pref 0 (a rule added
 //! without a pref must land behind it), and at no step is local delivery broken or a marked packet let out.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr},
-};
+mod show;
+
+use std::net::{IpAddr, Ipv4Addr};
 
 use culvert_ebpf::abi::mark;
 
@@ -166,69 +165,6 @@ pub enum Step {
     AddRoute(Route),
     /// Delete a route.
     DelRoute(Route),
-}
-
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if self.family == Family::V4 {
-            "-4"
-        } else {
-            "-6"
-        };
-        write!(f, "rule {family} pref {}", self.pref)?;
-        if let Some((value, mask)) = self.mark {
-            write!(f, " fwmark {value:#x}/{mask:#x}")?;
-        }
-        if let Some(iif) = &self.iif {
-            write!(f, " iif {iif}")?;
-        }
-        if let Some(proto) = self.ip_proto {
-            write!(f, " ipproto {proto}")?;
-        }
-        match self.action {
-            Action::Table(LOCAL_TABLE) => f.write_str(" lookup local"),
-            Action::Table(table) => write!(f, " lookup {table}"),
-            Action::Unreachable => f.write_str(" unreachable"),
-        }
-    }
-}
-
-impl fmt::Display for Route {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let family = if self.family == Family::V4 {
-            "-4"
-        } else {
-            "-6"
-        };
-        let kind = if self.kind == RouteKind::Local {
-            "local"
-        } else {
-            "blackhole"
-        };
-        write!(f, "route {family} {kind} ")?;
-        match self.destination {
-            Some(destination) => write!(f, "{destination}")?,
-            None => f.write_str("default")?,
-        }
-        if let Some(oif) = self.oif {
-            write!(f, " dev #{oif}")?;
-        }
-        if let Some(source) = self.source {
-            write!(f, " src {source}")?;
-        }
-        write!(f, " metric {} table {}", self.metric, self.table)
-    }
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::AddRule(r) => write!(f, "add {r}"),
-            Self::DelRule(r) => write!(f, "del {r}"),
-            Self::AddRoute(r) => write!(f, "add {r}"),
-            Self::DelRoute(r) => write!(f, "del {r}"),
-        }
-    }
 }
 
 fn ours(family: Family, action: Action) -> Rule {

@@ -2,6 +2,8 @@
 //!
 //! Decides nothing. Kernel calls block and change their thread's namespace, so they run on threads of their own.
 
+mod saying;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
@@ -16,7 +18,7 @@ use super::world::{Failure, Left, Notice, Target, World};
 use crate::{
     admin::{
         Metrics,
-        labels::{By, Outcome, RepairKind, Stage, UnenrolReason},
+        labels::{By, Outcome, RepairKind, Stage},
     },
     kernel::{
         self, Netns, Node, discover, listeners,
@@ -298,80 +300,7 @@ impl World for Live {
     }
 
     async fn say(&self, target: &Target, notice: Notice) {
-        let (kind, reason, action, note) = match notice {
-            Notice::Enrolled(took) => {
-                Metrics::observe(&self.metrics.enrol_duration, &By(Stage::Total), took);
-                self.metrics
-                    .enrolments
-                    .get_or_create(&By(Outcome::Success))
-                    .inc();
-                tracing::info!(pod = %target, uid = %target.uid, "in the mesh");
-                return;
-            }
-            Notice::Unenrolled => {
-                self.metrics
-                    .unenrolments
-                    .get_or_create(&By(UnenrolReason::NotWanted))
-                    .inc();
-                tracing::info!(pod = %target, uid = %target.uid, "out of the mesh");
-                return;
-            }
-            Notice::Ended => {
-                self.metrics
-                    .unenrolments
-                    .get_or_create(&By(UnenrolReason::Gone))
-                    .inc();
-                tracing::info!(pod = %target, uid = %target.uid, "ended, and let go");
-                return;
-            }
-            Notice::Repaired(what) => {
-                self.repaired(what.kind);
-                (
-                    Kind::Warning,
-                    "CulvertRepaired",
-                    "Repair",
-                    format!("capture was repaired: {what}"),
-                )
-            }
-            Notice::Reannotated => {
-                self.repaired(RepairKind::Annotation);
-                let note = format!(
-                    "somebody removed the annotation {}, without which peers send plaintext: it is written again",
-                    keys::REDIRECTION
-                );
-                (Kind::Warning, "CulvertRepaired", "Repair", note)
-            }
-            Notice::Failed(failure) => {
-                let (outcome, then) = match failure.retry {
-                    true => (
-                        Outcome::Retry,
-                        "it is tried again, with growing pauses of up to a minute",
-                    ),
-                    false => (
-                        Outcome::Failure,
-                        "it is tried again when the pod or its settings change",
-                    ),
-                };
-                self.metrics.enrolments.get_or_create(&By(outcome)).inc();
-                (
-                    Kind::Warning,
-                    "CulvertEnrolmentFailed",
-                    "Enrol",
-                    format!("{failure}; {then}"),
-                )
-            }
-            Notice::Refused(why) => (Kind::Warning, "CulvertRefused", "Enrol", why),
-            Notice::CutOff(why) => (Kind::Warning, "CulvertNetworkPolicy", "Enrol", why),
-            Notice::Ignored(why) => (Kind::Warning, "CulvertIgnored", "Enrol", why),
-        };
-        tracing::warn!(pod = %target, uid = %target.uid, reason, "{note}");
-        self.source.event(watch::Notice {
-            about: watch::About::Pod(reference(target)),
-            kind,
-            reason,
-            action,
-            note,
-        });
+        self.say_and_count(target, notice);
     }
 
     async fn verify(&self, places: Vec<(PodUid, Arc<Netns>)>) -> Vec<(PodUid, verify::Problem)> {

@@ -1,7 +1,7 @@
 //! The conversation with ztunnel: which pods' namespaces it is to serve, over a SOCK_SEQPACKET socket.
 //!
-//! Knows neither Kubernetes nor the kernel's maps. `messages` is the wire format, `terms` the words for what is said, `conversation` what may be said when,
-//! `registry` who is told, `socket` how packets travel, `server` the tasks that join them, `report` what they
+//! Knows neither Kubernetes nor the kernel's maps. `messages` is the wire format, `terms` the words for what is said, `conversation`
+//! what may be said when, `registry` who is told, `socket` how packets travel, `server` the tasks that join them, `report` what they
 //! are told and tell.
 
 mod conversation;
