@@ -106,6 +106,11 @@ pub(crate) const CLUSTER: &[Package] = &[
         name: "runc",
         proof: "runc",
     },
+    // What is seen on a node's wires.
+    Package {
+        name: "tcpdump",
+        proof: "tcpdump",
+    },
 ];
 
 /// The compiler that Cilium's agent runs when it starts.

@@ -44,14 +44,16 @@ mod shared;
 mod state;
 mod sweep;
 mod tool;
+mod workload;
 
 pub use api::Api;
 pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
 pub use image::{BUSYBOX, Image};
 pub use kubectl::Kubectl;
-pub use mesh::{AGENT, Mesh, PROXY};
+pub use mesh::{AGENT, Mesh, PROXY, STRICT};
 pub use namespace::Namespace;
 pub use node::Node;
 pub use parts::{Part, Parts};
 pub use services::Service;
+pub use workload::{POD, pod};

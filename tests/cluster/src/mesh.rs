@@ -25,6 +25,11 @@ const FILES: &str = "var/lib/ztunnel";
 static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// One at a time tells ztunnels of peers.
+static TELLING: Mutex<()> = Mutex::new(());
+
+/// The label of pods that are spoken to in the mesh alone, when its value is `yes`: ztunnel refuses plaintext for them.
+pub const STRICT: &str = "culvert.test/strict";
 /// Culvert's DaemonSet and its namespace.
 pub const AGENT: (&str, &str) = ("culvert", "culvert-system");
 /// The stand-in's DaemonSet and its namespace.
@@ -105,15 +110,22 @@ impl<'a> Mesh<'a> {
     }
 
     /// Tells every ztunnel of all pods that are in the mesh by now, as istiod would: who they are, and that they speak
-    /// HBONE. Pods that come later are reached in plaintext until the next call.
+    /// HBONE. Pods that come later are reached in plaintext until the next call, pods that leave not at all.
     ///
     /// # Errors
     /// When the API server does not answer or a node's files cannot be written.
     pub fn tell_peers(&self) -> Result<()> {
+        // An older look must not replace a newer one's.
+        let _one = TELLING.lock().unwrap_or_else(PoisonError::into_inner);
         let pods = self.cluster.admin().get(&["pods", "-A"])?;
         let mut peers = Map::new();
         for pod in pods["items"].as_array().into_iter().flatten() {
-            if redirection(pod) != Some("enabled") {
+            // Addresses of pods that have ended are others' by now.
+            let over = matches!(
+                pod["status"]["phase"].as_str(),
+                Some("Succeeded" | "Failed")
+            );
+            if over || redirection(pod) != Some("enabled") {
                 continue;
             }
             let identity = format!(
@@ -123,9 +135,10 @@ impl<'a> Mesh<'a> {
                     .as_str()
                     .unwrap_or("default"),
             );
+            let strict = pod["metadata"]["labels"][STRICT] == "yes";
             for address in pod["status"]["podIPs"].as_array().into_iter().flatten() {
                 if let Some(address) = address["ip"].as_str() {
-                    let peer = json!({"identity": identity, "hbone": true});
+                    let peer = json!({"identity": identity, "hbone": true, "strict": strict});
                     peers.insert(address.to_owned(), peer);
                 }
             }
@@ -226,7 +239,7 @@ fn standin() -> Result<PathBuf> {
 }
 
 /// A binary of this workspace: from the environment, or beside the running one.
-fn binary(variable: &str, name: &str) -> Result<PathBuf> {
+pub(crate) fn binary(variable: &str, name: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         let path = PathBuf::from(path);
         ensure!(

@@ -22,6 +22,11 @@ pub async fn serve(pod: Arc<Pod>, stream: TcpStream, client: SocketAddr) {
         tracing::warn!(pod = %pod.name(), %client, %to, "inbound: refused, the destination is a port of the proxy itself");
         return;
     }
+    if pod.config.workloads.strict(to.ip()) {
+        pod.counters.refused.one();
+        tracing::info!(pod = %pod.name(), %client, %to, "inbound: refused, this pod is spoken to in the mesh alone");
+        return;
+    }
     match deliver(&pod, client, to).await {
         Ok(app) => {
             tracing::debug!(pod = %pod.name(), %client, %to, "inbound: plaintext delivered");

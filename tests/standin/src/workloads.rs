@@ -26,6 +26,9 @@ pub struct Peer {
     /// Whether it is reached through HBONE at all.
     #[serde(default = "yes")]
     pub hbone: bool,
+    /// Whether it is spoken to in the mesh alone: plaintext for it is refused, as a policy of ztunnel's would.
+    #[serde(default)]
+    pub strict: bool,
 }
 
 fn yes() -> bool {
@@ -52,6 +55,7 @@ impl FromStr for PeerArg {
             Peer {
                 identity,
                 hbone: true,
+                strict: false,
             },
         ))
     }
@@ -92,14 +96,22 @@ impl Workloads {
     /// The peer to be reached through HBONE at this address, if there is one.
     #[must_use]
     pub fn hbone_peer(&self, addr: IpAddr) -> Option<Peer> {
+        self.peer(addr).filter(|peer| peer.hbone)
+    }
+
+    /// Whether plaintext for this address is to be refused.
+    #[must_use]
+    pub fn strict(&self, addr: IpAddr) -> bool {
+        self.peer(addr).is_some_and(|peer| peer.strict)
+    }
+
+    fn peer(&self, addr: IpAddr) -> Option<Peer> {
         let read = self
             .read
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        read.get(&addr)
-            .or_else(|| self.fixed.get(&addr))
-            .filter(|peer| peer.hbone)
-            .cloned()
+        let addr = addr.to_canonical();
+        read.get(&addr).or_else(|| self.fixed.get(&addr)).cloned()
     }
 
     fn replace(&self, table: Table) {
@@ -171,7 +183,7 @@ mod tests {
     #[tokio::test]
     async fn file_is_followed() {
         let file = std::env::temp_dir().join(format!("standin-peers-{}.json", std::process::id()));
-        std::fs::write(&file, r#"{"10.0.0.2": {"identity": "spiffe://a/x"}, "10.0.0.3": {"identity": "spiffe://b/x", "hbone": false}}"#).unwrap();
+        std::fs::write(&file, r#"{"10.0.0.2": {"identity": "spiffe://a/x"}, "10.0.0.3": {"identity": "spiffe://b/x", "hbone": false, "strict": true}}"#).unwrap();
         let workloads = Workloads::new(Vec::new(), Some(file.clone())).unwrap();
         let two = "10.0.0.2".parse().unwrap();
         assert_eq!(
@@ -179,6 +191,8 @@ mod tests {
             "spiffe://a/x"
         );
         assert!(workloads.hbone_peer("10.0.0.3".parse().unwrap()).is_none());
+        assert!(!workloads.strict(two));
+        assert!(workloads.strict("::ffff:10.0.0.3".parse().unwrap()));
 
         std::fs::write(&file, "{").unwrap();
         tokio::time::sleep(POLL * 3).await;

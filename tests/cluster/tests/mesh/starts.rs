@@ -1,0 +1,189 @@
+//! New pods are in the mesh before their first instruction: whatever starts them, nothing of what they send is seen on the
+//! wires of the nodes.
+
+use std::net::SocketAddr;
+
+use culvert_cluster::{POD, pod};
+use serde_json::{Value, json};
+
+use crate::bed::{AMBIENT, Bed};
+use crate::capture::{Capture, seen_on};
+
+/// A container whose first act is to send this.
+fn sender(to: SocketAddr, text: &str) -> Value {
+    json!({"name": "send", "image": POD, "args": ["send", to.to_string(), text]})
+}
+
+fn with_sender(mut pod: Value, to: SocketAddr, text: &str) -> Value {
+    pod["spec"]["initContainers"] = json!([sender(to, text)]);
+    pod
+}
+
+/// A server on node 2 that all ztunnels know.
+fn server(bed: &Bed) -> Vec<SocketAddr> {
+    bed.start(&[pod("server", "node2", &["serve"])]);
+    bed.mesh.wait_until_enrolled(bed.name()).unwrap();
+    bed.mesh.tell_peers().unwrap();
+    bed.addresses("server")
+}
+
+#[test]
+fn an_init_container_sends_nothing_in_the_clear() {
+    let bed = Bed::new("first", &[AMBIENT]);
+    let to = server(&bed);
+    let outside = Bed::new("first-outside", &[]);
+    let captures = Capture::start(bed.cluster, "first");
+    bed.apply(&[
+        with_sender(pod("four", "node1", &["serve"]), to[0], "first-secret-4"),
+        with_sender(pod("six", "node1", &["serve"]), to[1], "first-secret-6"),
+        with_sender(pod("near", "node2", &["serve"]), to[0], "first-secret-n"),
+    ]);
+    // The same outside the mesh shows that the captures see.
+    outside.start(&[
+        with_sender(pod("far", "node1", &["serve"]), to[0], "first-open-far"),
+        with_sender(pod("near", "node2", &["serve"]), to[1], "first-open-near"),
+    ]);
+    bed.namespace.wait_until_ready().unwrap();
+    let needles = [
+        "first-secret-4",
+        "first-secret-6",
+        "first-secret-n",
+        "first-open-far",
+        "first-open-near",
+    ];
+    // Which wires Cilium's pods have is its choice; that it has one to the other node is not.
+    let seen = seen_on(captures, &needles);
+    assert_eq!(seen[..3], [0, 0, 0], "in the clear: {needles:?}");
+    assert!(seen[3] > 0 && seen[4] > 0, "{needles:?}: {seen:?}");
+    assert_eq!(bed.counted("server", "hbone_in"), 3);
+    assert_eq!(bed.counted("server", "inbound_accepts"), 2);
+}
+
+#[test]
+fn jobs_send_nothing_in_the_clear_and_end() {
+    let bed = Bed::new("jobs", &[AMBIENT]);
+    let to = server(&bed)[0];
+    let captures = Capture::start(bed.cluster, "jobs");
+    bed.apply(&[json!({
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "job"},
+        "spec": {
+            "completions": 6,
+            "parallelism": 3,
+            "template": {"spec": {
+                "restartPolicy": "Never",
+                "containers": [sender(to, "jobs-secret")],
+            }},
+        },
+    })]);
+    let args = [
+        "wait",
+        "--for=condition=Complete",
+        "job/job",
+        "--timeout=120s",
+    ];
+    bed.namespace.kubectl(&args).unwrap();
+    assert_eq!(seen_on(captures, &["jobs-secret"]), [0]);
+    assert_eq!(bed.counted("server", "hbone_in"), 6);
+    // Ztunnel lets go of pods that have ended, though their objects stay.
+    let pods = bed.pods();
+    assert_eq!(pods.len(), 7);
+    for pod in pods {
+        let name = pod["metadata"]["name"].as_str().unwrap();
+        if name != "server" {
+            bed.until(&format!("{name} is let go of"), || {
+                bed.mesh.pod_stats("jobs", name).is_err()
+            });
+        }
+    }
+}
+
+#[test]
+fn a_stateful_pod_comes_back_under_its_name() {
+    let bed = Bed::new("stateful", &[AMBIENT]);
+    let to = server(&bed)[0];
+    let captures = Capture::start(bed.cluster, "stateful");
+    let mut main = sender(to, "never");
+    main["name"] = "main".into();
+    main["args"] = json!(["serve"]);
+    bed.apply(&[json!({
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": "db"},
+        "spec": {
+            "replicas": 1,
+            "serviceName": "db",
+            "selector": {"matchLabels": {"app": "db"}},
+            "template": {
+                "metadata": {"labels": {"app": "db"}},
+                "spec": {
+                    "terminationGracePeriodSeconds": 1,
+                    "initContainers": [sender(to, "stateful-secret")],
+                    "containers": [main],
+                },
+            },
+        },
+    })]);
+    let rolled_out = ["rollout", "status", "statefulset/db", "--timeout=120s"];
+    let mut uids = Vec::new();
+    for round in 1..=3 {
+        bed.namespace.kubectl(&rolled_out).unwrap();
+        bed.wait_for_membership("db-0", true);
+        uids.push(bed.pod("db-0")["metadata"]["uid"].to_string());
+        assert_eq!(bed.counted("server", "hbone_in"), round);
+        bed.namespace.kubectl(&["delete", "pod", "db-0"]).unwrap();
+    }
+    uids.dedup();
+    assert_eq!(uids.len(), 3);
+    assert_eq!(seen_on(captures, &["stateful-secret"]), [0]);
+    bed.namespace
+        .kubectl(&["delete", "statefulset", "db"])
+        .unwrap();
+}
+
+#[test]
+fn a_deployment_that_rolls_at_full_speed_sends_nothing_in_the_clear() {
+    let bed = Bed::new("rolling", &[AMBIENT]);
+    let to = server(&bed)[0];
+    let captures = Capture::start(bed.cluster, "rolling");
+    let mut main = sender(to, "never");
+    main["name"] = "main".into();
+    main["args"] = json!(["serve"]);
+    bed.apply(&[json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "web"},
+        "spec": {
+            "replicas": 4,
+            "strategy": {"rollingUpdate": {"maxSurge": "100%", "maxUnavailable": "100%"}},
+            "selector": {"matchLabels": {"app": "web"}},
+            "template": {
+                "metadata": {"labels": {"app": "web"}},
+                "spec": {
+                    "terminationGracePeriodSeconds": 1,
+                    "initContainers": [sender(to, "rolling-secret")],
+                    "containers": [main],
+                },
+            },
+        },
+    })]);
+    let rolled_out = ["rollout", "status", "deployment/web", "--timeout=120s"];
+    bed.namespace.kubectl(&rolled_out).unwrap();
+    // Each begins before the pods of the one before are ready.
+    for _ in 0..4 {
+        let restart = ["rollout", "restart", "deployment/web"];
+        bed.namespace.kubectl(&restart).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(700));
+    }
+    bed.namespace.kubectl(&rolled_out).unwrap();
+    bed.until("only the last pods are left, all in the mesh", || {
+        let pods = bed.pods();
+        pods.len() == 5
+            && pods
+                .iter()
+                .all(|pod| crate::bed::redirection(pod).as_deref() == Some("enabled"))
+    });
+    assert_eq!(seen_on(captures, &["rolling-secret"]), [0]);
+    assert!(bed.counted("server", "hbone_in") >= 8);
+}
