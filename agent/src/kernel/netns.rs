@@ -214,6 +214,12 @@ fn current_cookie() -> Result<NetnsCookie> {
     }
 }
 
+/// Whether a process lives in it.
+pub fn inhabited(netns: &Netns) -> bool {
+    let wanted = (netns.dev(), netns.inode());
+    processes().any(|(id, _)| id == wanted)
+}
+
 /// Paths of living namespaces by (device, inode), found where people and runtimes keep them.
 pub fn paths() -> Vec<((u64, u64), PathBuf)> {
     let mut found = Vec::new();
@@ -224,20 +230,21 @@ pub fn paths() -> Vec<((u64, u64), PathBuf)> {
             }
         }
     }
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        if entry
-            .file_name()
-            .to_string_lossy()
-            .bytes()
-            .all(|b| b.is_ascii_digit())
-        {
-            let path = entry.path().join("ns/net");
-            if let Ok(meta) = fs::metadata(&path) {
-                found.push(((meta.dev(), meta.ino()), path));
-            }
-        }
-    }
+    found.extend(processes());
     found
+}
+
+/// The namespace of each process, and its path.
+fn processes() -> impl Iterator<Item = ((u64, u64), PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let name = entry.file_name();
+        let path = entry.path().join("ns/net");
+        let process = name.to_string_lossy().bytes().all(|b| b.is_ascii_digit());
+        // One that has ended, a zombie among them, is in none.
+        let meta = process.then(|| fs::metadata(&path).ok()).flatten()?;
+        Some(((meta.dev(), meta.ino()), path))
+    })
 }
 
 /// Without waiting: whoever names a namespace may name a pipe that nobody writes to.

@@ -18,6 +18,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// Longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+/// From the plugin's answer to a sandbox's first process, on a busy machine.
+const START: Duration = Duration::from_secs(60);
+
 /// One pod.
 #[derive(Debug)]
 pub(super) struct Entry<P> {
@@ -53,6 +56,8 @@ pub(super) struct Entry<P> {
     /// The runtime has taken its sandbox down: whatever the cluster says, there is nothing to capture until the
     /// plugin brings another.
     pub(super) ended: bool,
+    /// Since when the cluster does not know it.
+    pub(super) absent: Option<Instant>,
     /// It is of a kind that cannot be served.
     pub(super) refused: bool,
     /// Why it is not in the mesh, in words.
@@ -96,6 +101,7 @@ impl<P> Entry<P> {
             busy: false,
             ahead_of_watch: None,
             ended: false,
+            absent: None,
             refused: false,
             reason: String::new(),
             warnings: Vec::new(),
@@ -120,6 +126,17 @@ impl<P> Entry<P> {
             annotation: self.annotation,
             mute: !is_due(self.mute.as_ref(), now),
         }
+    }
+
+    /// Force-deleted, a pod is gone from the API server before it has ended: only its processes, or the runtime when it
+    /// takes the sandbox down, can say that it has.
+    pub(super) fn unsure(&self) -> bool {
+        self.absent.is_some() && !self.ended
+    }
+
+    /// Its processes may yet be started: the runtime asks the plugin before it starts the first.
+    pub(super) fn may_be_starting(&self, now: Instant) -> bool {
+        self.sandbox.is_some() && self.absent.is_some_and(|since| now - since < START)
     }
 
     /// May it be tried now?

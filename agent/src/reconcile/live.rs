@@ -239,6 +239,14 @@ impl World for Live {
         })
     }
 
+    async fn inhabited(&self, place: Arc<Netns>) -> bool {
+        // Whoever takes a manifest away says that the pod is gone.
+        matches!(*self.source, Source::Api(_))
+            && blocking(move || Ok(kernel::netns::inhabited(&place)))
+                .await
+                .unwrap_or(true)
+    }
+
     async fn forget(&self, _: &Target, place: Arc<Netns>) -> Result<(), Failure> {
         self.tracker.forget(place.cookie());
         let node = Arc::clone(&self.node);

@@ -186,7 +186,9 @@ impl<W: World> Reconciler<W> {
             self.wish(&mut entries, &cluster, pod, &mut notices);
         }
         for (uid, entry) in entries.iter_mut() {
-            if cluster.listed && !cluster.pods.contains_key(uid) {
+            let absent = cluster.listed && !cluster.pods.contains_key(uid);
+            entry.absent = absent.then(|| entry.absent.unwrap_or(now));
+            if absent {
                 let lag = entry
                     .ahead_of_watch
                     .is_some_and(|since| now - since < WATCH_LAG);

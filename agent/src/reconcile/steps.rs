@@ -34,12 +34,16 @@ struct Job<P> {
     policy: Policy,
     released: bool,
     repair: Option<Repair>,
+    unsure: bool,
+    may_be_starting: bool,
 }
 
 /// What a step led to.
 enum Outcome {
     Done,
     Left(Left),
+    /// Its processes have not ended: nothing was done.
+    Lingers,
 }
 
 impl<W: World> Reconciler<W> {
@@ -84,6 +88,8 @@ impl<W: World> Reconciler<W> {
                 }),
                 _ => None,
             },
+            unsure: entry.unsure(),
+            may_be_starting: entry.may_be_starting(now),
         })
     }
 
@@ -115,6 +121,11 @@ impl<W: World> Reconciler<W> {
                 return world.detach(target, place()?).await.map(Outcome::Left);
             }
             Step::Untell => world.untell(target).await?,
+            Step::Forget
+                if job.unsure && (job.may_be_starting || world.inhabited(place()?).await) =>
+            {
+                return Ok(Outcome::Lingers);
+            }
             Step::Forget => world.forget(target, place()?).await?,
             Step::Find | Step::Done => {}
         }
@@ -170,6 +181,8 @@ impl<W: World> Reconciler<W> {
                         }
                         (Step::Annotate(value), _) => entry.annotation = value,
                         (Step::Untell, _) => entry.ztunnel = Ztunnel::Untold,
+                        // Captured until its last process has ended, or the runtime says that it takes it down.
+                        (_, Outcome::Lingers) => entry.failed(lingers(), Instant::now()),
                         (Step::Forget, _) => {
                             notice = entry.captured.take().map(|_| Notice::Ended);
                             entry.draining = 0;
@@ -215,5 +228,14 @@ impl<W: World> Reconciler<W> {
             self.inner.world.say(&job.target, notice).await;
         }
         go_on
+    }
+}
+
+/// Why a pod that is gone is still captured.
+fn lingers() -> Failure {
+    Failure {
+        message: "deleted, but its processes have not ended: it stays captured until they have"
+            .to_owned(),
+        retry: true,
     }
 }

@@ -9,7 +9,7 @@ mod plugin;
 mod repair;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::IpAddr,
     sync::{Arc, Mutex},
     time::Duration,
@@ -43,6 +43,8 @@ struct Fake {
     places: Mutex<HashMap<PodUid, u32>>,
     captured: Mutex<BTreeMap<u32, Policy>>,
     connections: Mutex<usize>,
+    /// Namespaces with processes.
+    inhabited: Mutex<BTreeSet<u32>>,
 }
 
 impl Fake {
@@ -106,6 +108,10 @@ impl World for Fake {
             0 => Left::Nothing,
             n => Left::Connections(n),
         })
+    }
+
+    async fn inhabited(&self, place: Arc<u32>) -> bool {
+        self.inhabited.lock().unwrap().contains(&*place)
     }
 
     async fn forget(&self, t: &Target, place: Arc<u32>) -> Result<(), Failure> {

@@ -120,6 +120,10 @@ pub trait World: fmt::Debug + Send + Sync + 'static {
         place: Arc<Self::Place>,
     ) -> impl Future<Output = Result<Left, Failure>> + Send;
 
+    /// Whether processes of a pod that its API no longer knows still run: force-deleted, it is gone there before the
+    /// kubelet has ended it.
+    fn inhabited(&self, place: Arc<Self::Place>) -> impl Future<Output = bool> + Send;
+
     /// Clears away what is left of a pod that is gone.
     fn forget(
         &self,

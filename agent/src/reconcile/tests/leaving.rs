@@ -68,6 +68,22 @@ async fn one_that_comes_back_while_it_drains_is_whole_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_force_deleted_pod_is_captured_until_its_processes_have_ended() {
+    let stage = enrolled().await;
+    let world = stage.fake();
+    let place = world.places.lock().unwrap()[&PodUid::from("a")];
+    world.inhabited.lock().unwrap().insert(place);
+    stage.cluster.send_modify(|c| c.pods.clear());
+    assert!(stage.after(Duration::from_secs(60)).await.is_empty());
+    assert!(world.captured.lock().unwrap().contains_key(&place));
+    world.inhabited.lock().unwrap().clear();
+    assert_eq!(
+        stage.after(Duration::from_secs(2)).await,
+        ["forget shop/a", "untell shop/a"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_deleted_pod_is_forgotten_without_a_word_to_the_api() {
     let stage = enrolled().await;
     stage.edit("a", |pod| pod.deleting = true);

@@ -161,7 +161,8 @@ fn a_deployment_that_rolls_at_full_speed_sends_nothing_in_the_clear() {
             "template": {
                 "metadata": {"labels": {"app": "web"}},
                 "spec": {
-                    "terminationGracePeriodSeconds": 1,
+                    // Gone from the API server before it has ended: it is to stay captured even so.
+                    "terminationGracePeriodSeconds": 0,
                     "initContainers": [sender(to, "rolling-secret")],
                     "containers": [main],
                 },
