@@ -63,9 +63,7 @@ impl Capture {
             "{}: {summary}",
             self.what
         );
-        let bytes = std::fs::read(&self.file).unwrap();
-        std::fs::remove_file(&self.file).unwrap();
-        bytes
+        std::fs::read(&self.file).unwrap()
     }
 }
 

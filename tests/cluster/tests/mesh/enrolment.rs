@@ -1,7 +1,7 @@
 //! Who is in the mesh, and what running pods notice of it: nothing.
 
 use culvert_cluster::{AGENT, PROXY, pod};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bed::{AMBIENT, Bed, redirection, shell, talker};
 
@@ -132,10 +132,14 @@ fn pods_of_the_node_of_the_system_and_of_the_mesh_itself_are_left_alone() {
         assert!(bed.mesh.pod_stats(namespace, name).is_err(), "{name}");
     }
     for (name, namespace) in [AGENT, PROXY] {
-        let selector = format!("app={name}");
-        let args = ["pods", "-n", namespace, "-l", &selector];
-        let pods = bed.cluster.admin().get(&args).unwrap();
-        let pods = pods["items"].as_array().unwrap();
+        let pods = bed.cluster.admin().get(&["pods", "-n", namespace]).unwrap();
+        let of_it = |pod: &&Value| pod["metadata"]["ownerReferences"][0]["name"] == name;
+        let pods: Vec<_> = pods["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(of_it)
+            .collect();
         assert_eq!(pods.len(), 2, "{name} on each node");
         for pod in pods {
             assert_eq!(redirection(pod), None, "{pod:#}");
