@@ -266,6 +266,15 @@ pub struct Pod {
 }
 const _: () = assert!(size_of::<Pod>() == 112);
 
+impl Pod {
+    /// Traffic to this address is none of ours.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leaves_alone(&self, destination: &Addr) -> bool {
+        self.flags & pod_flags::IPV4_ONLY != 0 && !destination.is_v4()
+    }
+}
+
 /// Most virtual interfaces of one pod.
 pub const MAX_VIRTUAL: usize = 8;
 
@@ -300,6 +309,8 @@ pub mod pod_flags {
     pub const LEAVING: u32 = 1 << 11;
     /// With [`DNS_LISTED`]: the list is that of the pod's `resolv.conf`. User space's note.
     pub const DNS_FOLLOWED: u32 = 1 << 12;
+    /// What goes by IPv6 is left alone, in both directions. Earlier programs of this version do not know it.
+    pub const IPV4_ONLY: u32 = 1 << 13;
 }
 
 /// Key of `POD_ADDRS`.

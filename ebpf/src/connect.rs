@@ -85,7 +85,9 @@ impl ConnectFacts for Facts<'_> {
 
     #[inline(always)]
     fn destination_is_excluded(&self) -> bool {
-        self.pod.flags & pod_flags::OUT_PORTS != 0 && port_excluded(self.cookie, self.dst_port, 0)
+        self.pod.leaves_alone(&self.dst)
+            || self.pod.flags & pod_flags::OUT_PORTS != 0
+                && port_excluded(self.cookie, self.dst_port, 0)
             || self.pod.flags & pod_flags::CIDRS != 0 && cidr_excluded(self.cookie, self.dst)
     }
 

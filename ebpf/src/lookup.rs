@@ -99,7 +99,9 @@ impl LookupFacts for Facts<'_> {
 
     #[inline(always)]
     fn resolver_is_excluded(&self) -> bool {
-        self.pod.flags & pod_flags::OUT_PORTS != 0 && port_excluded(self.cookie, port::DOMAIN, 0)
+        self.pod.leaves_alone(&self.resolver)
+            || self.pod.flags & pod_flags::OUT_PORTS != 0
+                && port_excluded(self.cookie, port::DOMAIN, 0)
             || self.pod.flags & pod_flags::CIDRS != 0 && cidr_excluded(self.cookie, self.resolver)
     }
 

@@ -133,6 +133,9 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         dst_port: field!(bpf_sk_lookup, lookup, local_port) as u16,
     };
     let ifindex = field!(bpf_sk_lookup, lookup, ingress_ifindex);
+    if pod.leaves_alone(&tuple.dst) {
+        return PASS;
+    }
     let facts = Facts {
         cookie,
         pod,

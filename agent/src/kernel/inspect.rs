@@ -245,6 +245,7 @@ fn policy(node: &Node, netns: &Netns) -> Result<BTreeMap<&'static str, serde_jso
     };
     let on = |flag| serde_json::Value::from(pod.flags & flag != 0);
     out.insert("dns", on(pod_flags::DNS));
+    out.insert("ipv4_only", on(pod_flags::IPV4_ONLY));
     if pod.flags & pod_flags::DNS_LISTED != 0 {
         let resolvers = node
             .resolvers()?

@@ -53,6 +53,8 @@ pub struct Policy {
     pub dns: Dns,
     /// ztunnel is told by its process, not by its mark alone.
     pub named_ztunnel: bool,
+    /// IPv6 too; else what goes by it is left alone, in both directions.
+    pub ipv6: bool,
 }
 
 impl Default for Policy {
@@ -66,6 +68,7 @@ impl Default for Policy {
             hold: Some(Duration::from_secs(10)),
             dns: Dns::Off,
             named_ztunnel: false,
+            ipv6: true,
         }
     }
 }
@@ -208,7 +211,10 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
     node.maps().counters.ensure(cookie.0)?;
     ensure_role(node, cookie)?;
     let mut netlink = Rtnetlink::open()?;
-    let observed = netconf::observe(&guard, &mut netlink)?;
+    let mut observed = netconf::observe(&guard, &mut netlink)?;
+    if !policy.ipv6 {
+        observed = observed.ipv4_alone();
+    }
     netconf::apply(
         &guard,
         &mut netlink,

@@ -214,7 +214,11 @@ pub(super) fn compare(
         return Ok(vec![problem(Kind::Entry, what.to_owned())]);
     };
     let mut problems = Vec::new();
-    for step in plan::enrol(observed, &pod::virtual_names(&entry, observed)) {
+    let concerned = match entry.flags & pod_flags::IPV4_ONLY {
+        0 => observed.clone(),
+        _ => observed.clone().ipv4_alone(),
+    };
+    for step in plan::enrol(&concerned, &pod::virtual_names(&entry, observed)) {
         problems.push(problem(
             Kind::of(&step),
             format!("to do: {step}; attach again, or run `culvert netns watch`"),

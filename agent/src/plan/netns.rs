@@ -136,6 +136,14 @@ impl Observed {
         }
     }
 
+    /// As if the namespace had no IPv6: for a pod whose IPv6 is left alone. What of ours is there stays for the connections
+    /// that need it.
+    #[must_use]
+    pub fn ipv4_alone(mut self) -> Self {
+        self.ipv6 = false;
+        self
+    }
+
     /// The pod's own addresses.
     #[must_use]
     pub fn own(&self) -> Vec<IpAddr> {
@@ -280,11 +288,12 @@ pub fn enrol(observed: &Observed, virtual_interfaces: &[String]) -> Vec<Step> {
     let mut steps = Vec::new();
     // Routes first: a mark rule whose table is empty would refuse what it should turn round.
     let desired = desired_routes(observed);
+    let families = observed.families();
     steps.extend(
         observed
             .routes
             .iter()
-            .filter(|r| !desired.contains(r))
+            .filter(|r| families.contains(&r.family) && !desired.contains(r))
             .cloned()
             .map(Step::DelRoute),
     );
@@ -294,7 +303,7 @@ pub fn enrol(observed: &Observed, virtual_interfaces: &[String]) -> Vec<Step> {
             .filter(|r| !observed.routes.contains(r))
             .map(Step::AddRoute),
     );
-    for family in observed.families() {
+    for family in families {
         steps.extend(rule_steps(
             observed,
             family,

@@ -76,6 +76,7 @@ impl Options {
                 (true, true) => Dns::Resolvers(wanted.resolvers.iter().copied().collect()),
             },
             named_ztunnel: self.named_ztunnel,
+            ipv6: self.settings.ipv6,
         }
     }
 }

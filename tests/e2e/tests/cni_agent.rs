@@ -168,14 +168,14 @@ fn the_same_sandbox_can_be_added_again_at_once() -> Result<()> {
     let wire = Capture::outside(node.lab.node(), &server)?;
     node.options.scheduled_pod("default", "a")?;
     let sandbox = Sandbox::around(node.lab.pod("a")?, "c-a", "default", "a");
-    for n in 0..20 {
+    for n in 0..8 {
         let result = runtime.add(&node, &sandbox)?;
         first_act(&sandbox.ns, echo.addr())?;
         // Whatever the agent still had to do for the one before, it does not do to this one.
         node.options
             .namespace("other", (n % 2 == 0).then_some("ambient"))?;
-        for _ in 0..10 {
-            std::thread::sleep(Duration::from_millis(10));
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_millis(20));
             runtime.check(&node, &sandbox, &result)?;
             ensure!(enrolled(&node)? == 2, "let go of a pod that runs");
         }

@@ -142,6 +142,7 @@ pub(super) fn run(global: &Global, args: &Args) -> anyhow::Result<ExitCode> {
             (true, DnsScope::ResolvConf) => Dns::ResolvConf,
         },
         named_ztunnel: !args.ztunnel.is_empty(),
+        ipv6: true,
     };
     policy.check()?;
     let (node, _) = Node::load(&options)?;

@@ -40,6 +40,7 @@ pub(super) fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
             pod_flags::IN_PORTS,
         ),
         (policy.named_ztunnel, pod_flags::NAMED_ZTUNNEL),
+        (!policy.ipv6, pod_flags::IPV4_ONLY),
     ] {
         if on {
             flags |= flag;

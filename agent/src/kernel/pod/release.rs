@@ -29,7 +29,10 @@ pub fn release(node: &Node, netns: &Netns) -> Result<usize> {
     if let Some(mut pod) = node.maps().pods.get(&cookie.0)? {
         exclude_everything(node, cookie)?;
         pod.flags |= pod_flags::LEAVING | pod_flags::CIDRS | pod_flags::BYPASS_INBOUND;
-        pod.flags &= !(pod_flags::DNS | pod_flags::DNS_LISTED | pod_flags::DNS_PENDING);
+        pod.flags &= !(pod_flags::DNS
+            | pod_flags::DNS_LISTED
+            | pod_flags::DNS_PENDING
+            | pod_flags::DNS_FOLLOWED);
         node.maps().pods.set(&cookie.0, &pod)?;
     }
     let guard = netns.enter()?;

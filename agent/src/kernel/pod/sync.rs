@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use culvert_ebpf::abi::Pod;
+use culvert_ebpf::abi::{Pod, pod_flags};
 
 use super::entries::{set_addresses, set_interfaces};
 use crate::{
@@ -40,7 +40,10 @@ pub(in crate::kernel) fn sync(node: &Node, netns: &Netns, heard: Heard) -> Resul
     };
     let guard = netns.enter()?;
     let mut netlink = Rtnetlink::open()?;
-    let observed = netconf::observe(&guard, &mut netlink)?;
+    let mut observed = netconf::observe(&guard, &mut netlink)?;
+    if pod.flags & pod_flags::IPV4_ONLY != 0 {
+        observed = observed.ipv4_alone();
+    }
     let virtual_interfaces = virtual_names(&pod, &observed);
     let mut synced = Synced::default();
     // New addresses count as own before anything else: until then connections to them are refused.
