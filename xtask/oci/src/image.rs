@@ -109,6 +109,8 @@ impl Image {
         for (name, content) in files {
             let mut header = Header::new_gnu();
             header.set_mtime(self.created);
+            header.set_uid(0);
+            header.set_gid(0);
             header.set_mode(0o644);
             header.set_size(content.len() as u64);
             tar.append_data(&mut header, &name, content.as_slice())

@@ -57,6 +57,8 @@ impl Layer {
             );
             let mut header = Header::new_gnu();
             header.set_mtime(time);
+            header.set_uid(0);
+            header.set_gid(0);
             let added = match entry {
                 Entry::Directory(mode) => {
                     header.set_entry_type(EntryType::Directory);

@@ -6,6 +6,7 @@
 )]
 
 mod chart;
+mod image;
 mod manifests;
 mod render;
 

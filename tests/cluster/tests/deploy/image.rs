@@ -1,0 +1,143 @@
+//! The image that `cargo xtask image` has made: what is in it, how large it is, what it says about itself.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::PathBuf;
+
+use flate2::read::GzDecoder;
+use serde_json::Value;
+
+/// Of what a node gets, unpacked.
+const LARGEST: usize = 25_000_000;
+
+fn tar(from: impl std::io::Read) -> BTreeMap<String, (u32, Vec<u8>)> {
+    let mut archive = tar::Archive::new(from);
+    let mut files = BTreeMap::new();
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let path = entry.path().unwrap().display().to_string();
+        let header = entry.header();
+        assert_eq!(
+            (header.uid().unwrap(), header.gid().unwrap()),
+            (0, 0),
+            "{path} is not root's"
+        );
+        let mode = header.mode().unwrap();
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content).unwrap();
+        files.insert(path, (mode, content));
+    }
+    files
+}
+
+/// Where `cargo xtask test` has put it, or a build by hand.
+fn path() -> PathBuf {
+    let told = std::env::var_os("CULVERT_IMAGE").map(PathBuf::from);
+    let path = told.unwrap_or_else(|| {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/image/culvert.tar")
+    });
+    assert!(
+        path.is_file(),
+        "no image at {}: cargo xtask image",
+        path.display()
+    );
+    path
+}
+
+#[test]
+fn the_image_holds_two_static_programs_roots_licences_and_a_bill_of_materials() {
+    let archive = tar(File::open(path()).unwrap());
+    let json = |name: &str| -> Value { serde_json::from_slice(&archive[name].1).unwrap() };
+    let docker = json("manifest.json");
+    let layers = docker[0]["Layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 1);
+    let packed = &archive[layers[0].as_str().unwrap()].1;
+    let mut unpacked = Vec::new();
+    GzDecoder::new(packed.as_slice())
+        .read_to_end(&mut unpacked)
+        .unwrap();
+    assert!(unpacked.len() <= LARGEST, "{} bytes", unpacked.len());
+
+    let files = tar(unpacked.as_slice());
+    let names: Vec<&str> = files
+        .keys()
+        .map(String::as_str)
+        .filter(|name| !name.ends_with('/'))
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "bin/culvert",
+            "bin/culvert-cni",
+            "etc/ssl/certs/ca-certificates.crt",
+            "licenses/LICENSE",
+            "licenses/LICENSE-APACHE",
+            "licenses/LICENSE-BSD-2-Clause",
+            "licenses/LICENSE-GPL-2.0",
+            "licenses/THIRD-PARTY",
+            "usr/share/sbom/culvert.cdx.json",
+        ]
+    );
+    for program in ["bin/culvert", "bin/culvert-cni"] {
+        let (mode, content) = &files[program];
+        assert_eq!(*mode, 0o755);
+        assert_eq!(&content[..4], b"\x7fELF");
+        let loader = content.windows(8).any(|bytes| bytes == b"/lib64/l");
+        assert!(!loader, "{program} asks for a dynamic loader");
+        let root = env!("CARGO_MANIFEST_DIR").trim_end_matches("/tests/cluster");
+        for place in [root, "/.cargo/registry"] {
+            let told = content
+                .windows(place.len())
+                .any(|bytes| bytes == place.as_bytes());
+            assert!(!told, "{program} tells that it was built in {place}");
+        }
+    }
+
+    let sbom: Value = serde_json::from_slice(&files["usr/share/sbom/culvert.cdx.json"].1).unwrap();
+    assert_eq!(
+        (&sbom["bomFormat"], &sbom["specVersion"]),
+        (&"CycloneDX".into(), &"1.6".into())
+    );
+    let components = sbom["components"].as_array().unwrap();
+    let known: Vec<&str> = components
+        .iter()
+        .map(|one| one["bom-ref"].as_str().unwrap())
+        .collect();
+    for name in [
+        "culvert",
+        "culvert-cni",
+        "culvert-ebpf",
+        "kube",
+        "aya-ebpf",
+        "glibc",
+        "rust-std",
+    ] {
+        let found = components.iter().find(|one| one["name"] == name);
+        let found = found.unwrap_or_else(|| panic!("no {name} among the components"));
+        let licence = found["licenses"][0]["expression"].as_str().unwrap();
+        assert!(!licence.is_empty(), "{name} has no licence");
+    }
+    for relation in sbom["dependencies"].as_array().unwrap() {
+        for on in relation["dependsOn"].as_array().unwrap() {
+            assert!(
+                known.contains(&on.as_str().unwrap()),
+                "{on} is used and not listed"
+            );
+        }
+    }
+
+    let config = json(docker[0]["Config"].as_str().unwrap());
+    assert_eq!(config["config"]["Entrypoint"][0], "/bin/culvert");
+    let labels = &config["config"]["Labels"];
+    for name in ["title", "description", "version", "licenses", "created"] {
+        let label = &labels[format!("org.opencontainers.image.{name}")];
+        assert!(
+            label.as_str().is_some_and(|text| !text.is_empty()),
+            "{name}"
+        );
+    }
+    let index = json("index.json");
+    let name = &index["manifests"][0]["annotations"]["io.containerd.image.name"];
+    assert_eq!(*name, "docker.io/library/culvert:dev");
+}
