@@ -8,6 +8,7 @@
 use culvert_kube_tests::{
     Bed, NODE, eventually, logs, mode,
     node::{Node, running},
+    rbac,
 };
 use culvert_lab::Ns;
 use serde_json::{Value, json};
@@ -201,5 +202,86 @@ async fn a_pod_that_moves_to_another_sandbox_and_back_out_of_the_mesh() {
         .unwrap();
     node.until("let go", || Ok(!node.whole(&second)?)).unwrap();
     annotated(&bed, "web", None).await;
+    node.stop_agent().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_does_not_succeed_at_once_is_tried_again() {
+    logs();
+    let bed = Bed::start("again").await.unwrap();
+    bed.namespace("mesh", mode("ambient")).await.unwrap();
+    let mut node = Node::new("again", &bed).unwrap();
+    node.start_agent(&[]).unwrap();
+    node.until("ready", || Ok(node.status(&[])?.status.success()))
+        .unwrap();
+
+    // Half of it, while no ztunnel is there; the other half when one comes.
+    let web = node.lab.pod("web").unwrap();
+    let uid = made(&bed, "web", json!({})).await;
+    node.container(&uid, "app", &web).unwrap();
+    bed.status("mesh", "web", running(&web).unwrap())
+        .await
+        .unwrap();
+    annotated(&bed, "web", Some("pending")).await;
+    assert!(
+        node.whole(&web).unwrap(),
+        "captured before anybody serves it"
+    );
+    node.start_ztunnel().unwrap();
+    enrolled(&bed, &node, "web", &web).await;
+
+    // A pod whose processes come later than its address.
+    let late = node.lab.pod("late").unwrap();
+    let uid = made(&bed, "late", json!({})).await;
+    bed.status("mesh", "late", running(&late).unwrap())
+        .await
+        .unwrap();
+    node.until("not found yet", || {
+        let error = node.pod("mesh", "late")?["last_error"].clone();
+        Ok(error
+            .as_str()
+            .is_some_and(|e| e.contains("no running process")))
+    })
+    .unwrap();
+    annotated(&bed, "late", None).await;
+    node.container(&uid, "app", &late).unwrap();
+    enrolled(&bed, &node, "late", &late).await;
+
+    // Leaving, when the annotation may not be taken away: the kernel lets go all the same, and the rest follows.
+    let without = rbac::manifests(|rule, _| rule.resource != "pods/status");
+    bed.plane.apply(&without.unwrap()).unwrap();
+    let retries = "culvert_annotation_writes_total{result=\"retry\"}";
+    let before = node.metric(retries).unwrap();
+    eventually("the right is gone", || async {
+        let can = bed.plane.kubectl(&[
+            "auth",
+            "can-i",
+            "patch",
+            "pods/status",
+            "-A",
+            "--as=system:serviceaccount:culvert-system:culvert",
+        ]);
+        Ok(can.is_err())
+    })
+    .await
+    .unwrap();
+    bed.patch_namespace(
+        "mesh",
+        json!({"metadata": {"labels": {"istio.io/dataplane-mode": null}}}),
+    )
+    .await
+    .unwrap();
+    for ns in [&web, &late] {
+        node.until("let go", || Ok(!node.whole(ns)?)).unwrap();
+    }
+    node.until("it was tried", || Ok(node.metric(retries)? > before))
+        .unwrap();
+    annotated(&bed, "web", Some("enabled")).await;
+    bed.plane
+        .apply(&rbac::manifests(|_, _| true).unwrap())
+        .unwrap();
+    for name in ["web", "late"] {
+        annotated(&bed, name, None).await;
+    }
     node.stop_agent().unwrap();
 }
