@@ -166,3 +166,19 @@ fn changes_of_resolv_conf_are_followed() {
     stage.expect(&pod, second, BY_ZTUNNEL);
     stage.expect(&pod, first, BY_RESOLVER);
 }
+
+#[test]
+fn an_agent_that_is_away_changes_nothing() {
+    let mut stage = Stage::open("dns-agentless", |options| options).unwrap();
+    let pod = stage.pod("a", &json!({}), &json!({})).unwrap();
+    let resolver = stage.resolver.addr();
+    stage.expect(&pod, resolver, BY_ZTUNNEL);
+    stage.node.agent.take().unwrap().kill().unwrap();
+    for _ in 0..20 {
+        assert_eq!(ask(&pod, resolver, "mesh.test").unwrap(), BY_ZTUNNEL);
+        assert_eq!(ask(&pod, resolver, "else.test").unwrap(), BY_RESOLVER);
+    }
+    stage.node.start_agent().unwrap();
+    stage.node.expect_state(&pod, "enrolled").unwrap();
+    assert_eq!(ask(&pod, resolver, "mesh.test").unwrap(), BY_ZTUNNEL);
+}

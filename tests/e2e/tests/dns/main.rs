@@ -6,6 +6,7 @@
 
 mod clients;
 mod governed;
+mod seen;
 mod several;
 mod sockets;
 mod switching;

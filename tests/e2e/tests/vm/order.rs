@@ -150,7 +150,7 @@ fn dns_programs_beside_a_translator_are_first_or_say_so() {
             hooks.map(|hook| format!("{hook}: {TRANSLATOR}")).to_vec()
         );
         let shown = stage.mesh.show(&stage.pod).unwrap();
-        let problems = shown["problems"].to_string();
-        assert!(problems.contains(TRANSLATOR), "{problems}");
+        let notes = shown["notes"].to_string();
+        assert!(notes.contains(TRANSLATOR), "{notes}");
     }
 }
