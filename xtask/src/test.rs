@@ -144,6 +144,7 @@ fn e2e(project: &Project, filter: &[String]) -> Result<()> {
 }
 
 fn on_a_cluster(project: &Project, filter: &[String]) -> Result<()> {
+    host::ensure_packages(host::PROGRAMS, "the tests")?;
     host::ensure_packages(host::CLUSTER, "the cluster")?;
     host::ensure_packages(host::CILIUM, "Cilium")?;
     bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;

@@ -155,7 +155,10 @@ fn write_config(api: &Api, dir: &Path, kubeconfig: &Path) -> Result<()> {
         .context("cilium-config without data")?;
     let own = [
         ("k8s-kubeconfig-path", kubeconfig.display().to_string()),
-        ("cgroup-root", crate::cgroups::v2()?.display().to_string()),
+        (
+            "cgroup-root",
+            crate::apart::current()?.display().to_string(),
+        ),
     ];
     let data = data
         .iter()

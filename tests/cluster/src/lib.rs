@@ -20,6 +20,7 @@
 //! Environment: `CULVERT_CLUSTER` names the running cluster that tests are to share; `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`;
 //! `CULVERT_KEEP=1` keeps the files of what has ended.
 
+mod apart;
 mod api;
 mod build;
 mod cgroups;
@@ -27,6 +28,7 @@ mod cilium;
 mod cluster;
 mod control_plane;
 mod controllers;
+pub mod coredns;
 mod image;
 mod kubeconfig;
 mod kubectl;
@@ -46,6 +48,7 @@ mod sweep;
 mod tool;
 mod workload;
 
+pub use apart::Apart;
 pub use api::Api;
 pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
