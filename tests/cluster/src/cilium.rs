@@ -36,7 +36,9 @@ const TEMPLATES: [&str; 7] = [
 
 /// The fast settings: no kube-proxy, routing and masquerading in BPF, and socket load balancing for the host alone,
 /// without which a pod's `connect()` never sees the address of a Service.
-const VALUES: [&str; 13] = [
+const VALUES: [&str; 14] = [
+    // Without it, Cilium puts every CNI configuration aside that is not its own, as soon as it is written.
+    "cni.exclusive=false",
     "ipam.mode=kubernetes",
     "routingMode=native",
     "autoDirectNodeRoutes=true",

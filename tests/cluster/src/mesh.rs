@@ -56,14 +56,29 @@ impl<'a> Mesh<'a> {
         }
         mesh.load_images()?;
         mesh.prepare_nodes()?;
-        let base = place::root().join("deploy/base");
-        cluster.kubectl(&["apply", "--kustomize", &base.display().to_string()])?;
         cluster.apply(ZTUNNEL)?;
-        for (name, namespace) in [AGENT, PROXY] {
-            mesh.wait_for_rollout(name, namespace)?;
-        }
+        Self::install_again(cluster)?;
+        mesh.wait_for_rollout(PROXY.0, PROXY.1)?;
         installed.push(id);
         Ok(mesh)
+    }
+
+    /// Installs Culvert where it has been taken away, and waits until it is rolled out.
+    ///
+    /// # Errors
+    /// When something does not become ready.
+    pub fn install_again(cluster: &'a Cluster) -> Result<()> {
+        let base = place::root().join("deploy/base");
+        cluster.kubectl(&["apply", "--kustomize", &base.display().to_string()])?;
+        Self { cluster }.wait_for_rollout(AGENT.0, AGENT.1)
+    }
+
+    /// The command line tool, of this build.
+    ///
+    /// # Errors
+    /// When it has not been built.
+    pub fn culvert() -> Result<PathBuf> {
+        binary("CULVERT_BIN", "culvert")
     }
 
     /// Waits until a DaemonSet is rolled out.

@@ -19,6 +19,8 @@ mod probes;
 mod starts;
 #[path = "../mesh/traffic.rs"]
 mod traffic;
+#[path = "../mesh/turns.rs"]
+mod turns;
 
 use culvert_cluster::{Cni, Options};
 

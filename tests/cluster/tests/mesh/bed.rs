@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use culvert_cluster::{Cluster, Mesh, Namespace, pod};
 use serde_json::{Value, json};
 
+use crate::turns::{self, Turn};
+
 /// Generous: the machine may be busy with other things.
 pub(crate) const LONG: Duration = Duration::from_secs(120);
 /// The label that puts pods into the mesh.
@@ -17,27 +19,22 @@ pub(crate) struct Bed {
     pub(crate) cluster: &'static Cluster,
     pub(crate) mesh: Mesh<'static>,
     pub(crate) namespace: Namespace<'static>,
+    /// Last: it is given up when the namespace is gone.
+    _turn: Turn,
 }
 
 impl Bed {
     pub(crate) fn new(name: &str, labels: &[&str]) -> Self {
         let cluster = Cluster::shared(&crate::options()).unwrap();
         let mesh = Mesh::install(cluster).unwrap();
-        Self::on(cluster, mesh, name, labels)
-    }
-
-    pub(crate) fn on(
-        cluster: &'static Cluster,
-        mesh: Mesh<'static>,
-        name: &str,
-        labels: &[&str],
-    ) -> Self {
         cluster.add_workload().unwrap();
+        let turn = turns::shared();
         let namespace = cluster.namespace(name, labels).unwrap();
         Self {
             cluster,
             mesh,
             namespace,
+            _turn: turn,
         }
     }
 

@@ -11,6 +11,7 @@ mod enrolment;
 mod probes;
 mod starts;
 mod traffic;
+mod turns;
 
 use culvert_cluster::{Cni, Options};
 

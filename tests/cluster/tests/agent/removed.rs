@@ -1,0 +1,118 @@
+//! Culvert taken away: from a node, from the cluster, and pods too when that is asked for.
+
+use culvert_cluster::{AGENT, Mesh, pod};
+
+use crate::alone;
+use crate::bed::{AMBIENT, Bed, shell, talker};
+use crate::traffic::{Traffic, installed, of_agent};
+
+/// Pods of the mesh's namespace start outside the mesh where Culvert has been taken away.
+fn starts_outside(bed: &Bed, name: &str, node: &str) {
+    bed.start(&[pod(name, node, &["serve"])]);
+    assert!(bed.mesh.pod_stats(bed.name(), name).is_err(), "{name}");
+}
+
+#[test]
+fn a_node_is_selected_no_longer() {
+    let _alone = alone();
+    let traffic = Traffic::start("deselected");
+    let bed = &traffic.bed;
+    let node = |label: &str| {
+        let args = ["label", "node", "node2", "--overwrite", label];
+        bed.cluster.kubectl(&args).unwrap();
+    };
+    let select = |values: &str| {
+        let selector = format!(
+            r#"{{"spec":{{"template":{{"spec":{{"affinity":{{"nodeAffinity":{{"requiredDuringSchedulingIgnoredDuringExecution":
+            {{"nodeSelectorTerms":[{{"matchExpressions":[{values}]}}]}}}}}}}}}}}}}}"#
+        );
+        of_agent(bed, &["patch", "daemonset", AGENT.0, "-p", &selector]);
+    };
+    node("culvert.test/off=yes");
+    select(r#"{"key":"culvert.test/off","operator":"DoesNotExist"}"#);
+    bed.until("its plugin is gone", || !installed(bed, "node2"));
+    bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
+    assert!(installed(bed, "node1"));
+    starts_outside(bed, "outside", "node2");
+    // The pods that run there stay in.
+    traffic.goes_on();
+    node("culvert.test/off-");
+    bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
+    bed.wait_for_membership("outside", true);
+    assert!(installed(bed, "node2"));
+    traffic.new_pods_start("after");
+    traffic.goes_on();
+}
+
+#[test]
+fn its_daemonset_is_deleted_with_and_without_its_account() {
+    let _alone = alone();
+    let traffic = Traffic::start("deleted");
+    let bed = &traffic.bed;
+    for round in ["alone", "with-account"] {
+        if round == "alone" {
+            of_agent(bed, &["delete", "daemonset", AGENT.0]);
+        } else {
+            // The account goes first: the agent's token is worth nothing when it asks.
+            of_agent(bed, &["delete", "serviceaccount", "culvert"]);
+            bed.cluster
+                .kubectl(&["delete", "namespace", AGENT.1])
+                .unwrap();
+        }
+        for node in ["node1", "node2"] {
+            bed.until(&format!("the plugin of {node} is gone"), || {
+                !installed(bed, node)
+            });
+            starts_outside(bed, &format!("{round}-{node}"), node);
+        }
+        traffic.goes_on();
+        Mesh::install_again(bed.cluster).unwrap();
+        for node in ["node1", "node2"] {
+            assert!(installed(bed, node));
+            bed.wait_for_membership(&format!("{round}-{node}"), true);
+        }
+        traffic.goes_on();
+    }
+}
+
+#[test]
+fn uninstalled_with_its_pods_everything_is_as_before() {
+    let _alone = alone();
+    let bed = Bed::new("uninstalled", &[]);
+    bed.start_servers();
+    let to = bed.addresses("b")[0];
+    // From before the mesh: it needs nobody.
+    bed.start(&[talker("talker", "node1", to), shell("shell", "node1")]);
+    bed.wait_for_more_lines("talker");
+    let before = bed.starts();
+    bed.label_namespace(AMBIENT);
+    bed.mesh.wait_until_enrolled("uninstalled").unwrap();
+    of_agent(&bed, &["delete", "daemonset", AGENT.0]);
+    for node in bed.cluster.nodes() {
+        bed.until("its plugin is gone", || !installed(&bed, &node.name()));
+        let culvert = Mesh::culvert().unwrap().display().to_string();
+        // A namespace that a test before has left may still be going: its pods are let go of as well.
+        let uninstall = [&culvert, "uninstall", "--unenrol-pods", "--wait=30"];
+        bed.cluster.run_on(&node, &uninstall).unwrap();
+        let left = bed
+            .cluster
+            .run_on(&node, &["ls", "-A", "/sys/fs/bpf"])
+            .unwrap();
+        assert!(!left.contains("culvert"), "{left}");
+    }
+    let find = "for ns in /run/netns/cni-*; do for f in -4 -6; do nsenter --net=$ns ip $f rule list; done; done";
+    for node in bed.cluster.nodes() {
+        let rules = bed.cluster.run_on(&node, &["sh", "-c", find]).unwrap();
+        assert!(
+            rules.contains("main") && !rules.contains("15001"),
+            "{rules}"
+        );
+    }
+    assert!(bed.ask("shell", to).unwrap().starts_with("b "));
+    bed.wait_for_more_lines("talker");
+    assert_eq!(bed.starts(), before);
+    Mesh::install_again(bed.cluster).unwrap();
+    bed.mesh.wait_until_enrolled("uninstalled").unwrap();
+    bed.wait_for_more_lines("talker");
+    assert_eq!(bed.starts(), before);
+}
