@@ -21,6 +21,9 @@ use culvert_lab::{Lab, Ns, Zds, Ztunnel, ZtunnelOptions};
 /// How long anything may take before a test gives up.
 pub const LONG: Duration = Duration::from_secs(10);
 
+/// How long something may take that comes by itself: the machine may have more to do than this test.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// A lab, ZDS, and one stand-in ztunnel.
 pub struct Mesh {
     /// ZDS first: it must let go of the pods' namespaces before the lab removes them.
@@ -118,7 +121,10 @@ impl Mesh {
 pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let started = Instant::now();
     while !holds()? {
-        ensure!(started.elapsed() < LONG, "{what}: not within {LONG:?}");
+        ensure!(
+            started.elapsed() < PATIENCE,
+            "{what}: not within {PATIENCE:?}"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
