@@ -7,7 +7,7 @@ use culvert::{
     admin::logging,
     config::{AgentArgs, Config, Environment, settings},
     daemon,
-    kernel::{limits, privileges},
+    kernel::{limits, memory, privileges},
 };
 
 use super::{
@@ -48,6 +48,7 @@ pub(super) fn run(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode>
         // With few pods it is enough as it is; with many the error that follows says it again.
         Err(error) => tracing::warn!(%error, "keeping the limit of open files"),
     }
+    memory::share_one_heap();
     // Before there is a second thread: capabilities are each thread's own.
     privileges::drop_others()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

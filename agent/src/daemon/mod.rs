@@ -23,7 +23,7 @@ use crate::{
     },
     cni_server,
     config::{Config, DnsScope, Loaded},
-    kernel::{LoadOptions, Netns, Node, pod, track},
+    kernel::{LoadOptions, Netns, Node, memory, pod, track},
     plan::membership::{self, Settings},
     reconcile::{Options, Reconciler, live::Live, publish},
     watch::{Manifests, Source, api, client},
@@ -34,6 +34,8 @@ use crate::{
 const MISSED_PASSES: u32 = 6;
 /// After this long without a list of pods, those that were captured before are taken up without one.
 const RESTORE_AFTER: Duration = Duration::from_secs(5);
+/// How often memory that a burst of work has freed is given back.
+const TIDY: Duration = Duration::from_secs(10);
 
 /// How often readiness learns how the watch stands.
 const LOOK_AT_WATCH: Duration = Duration::from_millis(500);
@@ -196,6 +198,12 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
             end.clone(),
         ));
     }
+    tasks.spawn(until(end.clone(), async {
+        loop {
+            tokio::time::sleep(TIDY).await;
+            memory::give_back();
+        }
+    }));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         zds = %config.zds_socket.display(),

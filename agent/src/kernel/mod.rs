@@ -13,6 +13,7 @@ pub mod kubelet;
 pub mod limits;
 pub mod listeners;
 pub mod maps;
+pub mod memory;
 mod netconf;
 mod netlink;
 pub mod netns;

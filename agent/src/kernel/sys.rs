@@ -12,6 +12,7 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    sync::OnceLock,
 };
 
 use aya_obj::generated::bpf_insn;
@@ -414,13 +415,16 @@ pub(super) fn prog_query_effective(
     Ok((0..count.min(MOST)).map(|i| u32_at(&ids, i * 4)).collect())
 }
 
-/// Number of CPUs whose values a per-CPU map returns.
+/// Number of CPUs whose values a per-CPU map returns. The kernel fixes it at boot.
 pub(super) fn possible_cpus() -> io::Result<usize> {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    if let Some(cpus) = CPUS.get() {
+        return Ok(*cpus);
+    }
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().unwrap_or("0");
-    last.parse::<usize>()
-        .map(|n| n + 1)
-        .map_err(io::Error::other)
+    let last: usize = last.parse().map_err(io::Error::other)?;
+    Ok(*CPUS.get_or_init(|| last + 1))
 }
 
 /// Bytes of a plain value.

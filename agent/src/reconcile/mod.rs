@@ -184,7 +184,7 @@ impl<W: World> Reconciler<W> {
                 () = self.next_due() => false,
             };
             self.pass(full).await;
-            self.write_down();
+            self.write_down().await;
             self.inner.passes.send_modify(|n| *n += 1);
         }
     }

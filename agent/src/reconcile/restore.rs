@@ -66,7 +66,7 @@ impl<W: World> Reconciler<W> {
     }
 
     /// Writes down what is captured, if that changed.
-    pub(super) fn write_down(&self) {
+    pub(super) async fn write_down(&self) {
         let Some(path) = &self.inner.options.memory else {
             return;
         };
@@ -88,16 +88,19 @@ impl<W: World> Reconciler<W> {
                 })
                 .collect()
         };
-        let mut written = self
-            .inner
-            .written
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if *written == now {
+        let written = || {
+            let written = self.inner.written.lock();
+            written.unwrap_or_else(std::sync::PoisonError::into_inner)
+        };
+        if *written() == now {
             return;
         }
-        match publish::remember(path, &now) {
-            Ok(()) => *written = now,
+        let file = path.clone();
+        // It waits for a disk, and the plugin must not wait with it.
+        let done =
+            tokio::task::spawn_blocking(move || publish::remember(&file, &now).map(|()| now));
+        match done.await.unwrap_or_else(|error| Err(error.into())) {
+            Ok(now) => *written() = now,
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "writing down which pods are captured")
             }

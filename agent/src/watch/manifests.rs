@@ -43,6 +43,8 @@ struct State {
     files: BTreeMap<PathBuf, File>,
     problems: Vec<Problem>,
     redirections: BTreeMap<PodUid, Redirection>,
+    /// The files have been published once, be there none at all.
+    published: bool,
 }
 
 /// A file's last good content.
@@ -149,11 +151,15 @@ impl Manifests {
     pub fn read(&self) {
         let mut state = self.lock();
         let mut problems = Vec::new();
+        // What was wrong before may have been put right without a change to any file that was read.
+        let mut changed = !state.published || !state.problems.is_empty();
         match self.list() {
             Ok(paths) => {
+                let known = state.files.len();
                 state.files.retain(|path, _| paths.contains(path));
+                changed |= state.files.len() < known;
                 for path in paths {
-                    state.files.entry(path.clone()).or_default().read(&path);
+                    changed |= state.files.entry(path.clone()).or_default().read(&path);
                 }
             }
             // Gone for a moment, or for good: what was there stays, as with a broken file.
@@ -165,6 +171,10 @@ impl Manifests {
                 ),
             }),
         }
+        if !changed && problems.is_empty() {
+            return;
+        }
+        state.published = true;
         let (pods, namespaces) = merge(&state.files, &mut problems);
         for problem in &problems {
             if !state.problems.contains(problem) {
@@ -235,11 +245,11 @@ impl Manifests {
 }
 
 impl File {
-    /// Keeps the last good content if the file is broken now.
-    fn read(&mut self, path: &Path) {
+    /// Keeps the last good content if the file is broken now; false if it is as it was.
+    fn read(&mut self, path: &Path) -> bool {
         let now = stamp(path);
         if now.is_some() && now == self.stamp {
-            return;
+            return false;
         }
         let wrong = |line, what| Problem {
             file: path.into(),
@@ -256,6 +266,7 @@ impl File {
             Err(problem) => self.broken = Some(problem),
         }
         self.stamp = now;
+        true
     }
 }
 

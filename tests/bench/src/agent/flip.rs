@@ -20,7 +20,7 @@ pub(super) struct Flips {
     pub(super) pods: usize,
     pub(super) enrol: Summary,
     pub(super) release: Summary,
-    /// With nobody enrolled; with all enrolled for the first time; and after the last flip.
+    /// With nobody enrolled; at once when all are for the first time; and a while after the last flip.
     pub(super) idle: Memory,
     pub(super) first: Memory,
     pub(super) last: Memory,
@@ -121,6 +121,7 @@ pub(super) fn measure(site: &Site, shop: &Shop, flips: usize) -> Result<Flips> {
     }
     shop.enrol(site)?;
     eprintln!();
+    super::pause(super::CALM)?;
     let last = Memory::of(site.agent.pid())?;
     Ok(Flips {
         pods: shop.pods.len(),

@@ -26,7 +26,8 @@ use results::{Idle, Results};
 const GROWN: u8 = 3;
 /// A target was missed, and `--strict` asked.
 const MISSED: u8 = 4;
-/// After the last change: sysctls are read every 4 s, passes come every 5 s, idle threads end after 10 s.
+/// After the last change: sysctls are read every 4 s, passes come every 5 s, idle threads end and freed
+/// memory goes back after 10 s.
 const CALM: Duration = Duration::from_secs(12);
 
 const HELP: &str = "\
