@@ -2,12 +2,13 @@
 //! fails, what is to be known about its pods stays.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use crate::api::Api;
+use crate::mesh::AGENT;
 use crate::place;
 
 /// Generous: the machine may be busy with other things.
@@ -85,8 +86,8 @@ impl Namespace<'_> {
 
     /// Writes down what is to be known after a failure.
     fn keep(&self) -> Result<PathBuf> {
-        let dir = place::cluster_dir()?.join("failed").join(&self.name);
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        // Servers of the cluster and of its nodes, and pods of the system, first.
+        let dir = place::keep_logs(&self.api.spec().dir, &self.name)?;
         // A selector that every pod fits: without one, kubectl wants a name.
         let all = "--selector=!culvert.test/none";
         let logs = ["logs", all, "--all-containers", "--prefix", "--tail=500"];
@@ -102,7 +103,31 @@ impl Namespace<'_> {
             let path = dir.join(file);
             fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
         }
+        self.keep_agents(&dir)?;
         Ok(dir)
+    }
+
+    /// How each agent stands, where there are any.
+    fn keep_agents(&self, dir: &Path) -> Result<()> {
+        let (name, namespace) = AGENT;
+        let pods = self.api.admin().get(&["pods", "-n", namespace])?;
+        for pod in pods["items"].as_array().into_iter().flatten() {
+            let agent = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let node = pod["spec"]["nodeName"].as_str().unwrap_or_default();
+            if !agent.starts_with(name) {
+                continue;
+            }
+            let command = ["/bin/culvert", "status", "-o", "json"];
+            let exec = [&["exec", "-n", namespace, agent, "--"][..], &command].concat();
+            let logs = ["logs", "-n", namespace, agent, "--tail=5000"];
+            for (file, args) in [("status.json", &exec[..]), ("agent.log", &logs)] {
+                let text = self.api.kubectl(args);
+                let text = text.unwrap_or_else(|error| format!("{error:#}"));
+                let path = dir.join(format!("{node}-{file}"));
+                fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -110,7 +135,7 @@ impl Drop for Namespace<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             match self.keep() {
-                Ok(dir) => eprintln!("pods, events and logs: {}", dir.display()),
+                Ok(dir) => eprintln!("pods, events, logs and agents: {}", dir.display()),
                 Err(error) => eprintln!("keeping what {} was like: {error:#}", self.name),
             }
         }
