@@ -136,9 +136,13 @@ fn an_agent_killed_in_the_middle_of_an_add() -> Result<()> {
         node.options.scheduled_pod("default", &pod)?;
         let sandbox = Sandbox::around(node.lab.pod(&pod)?, &format!("c-{pod}"), "default", &pod);
         // Every other time there is a new agent before the plugin has lost its patience.
-        let follows = point % 2 == 0;
+        let follows = point % 2 == 1;
         let runtime = if follows { &patient } else { &hasty };
         let agent = node.agent.take().context("an agent")?;
+        if point == 0 {
+            // However fast the machine is, this one comes too late for the ADD.
+            agent.kill()?;
+        }
         let (options, lab) = (&node.options, &node.lab);
         let (added, next) = std::thread::scope(|scope| -> Result<_> {
             let adding = scope.spawn(|| runtime.network().add(lab.node(), &sandbox.attachment()));
