@@ -20,24 +20,22 @@ pub fn give_back() {
     let _anything = unsafe { libc::malloc_trim(0) };
 }
 
-#[cfg(all(test, target_env = "gnu"))]
+#[cfg(test)]
 mod tests {
-    use super::*;
-
-    fn anonymous_kib() -> u64 {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
-        let number = line.unwrap().split_whitespace().next().unwrap();
-        number.parse().unwrap()
-    }
-
     #[test]
+    #[cfg(target_env = "gnu")]
     fn what_is_freed_below_something_alive_goes_back() {
+        let anonymous_kib = || -> u64 {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+            let number = line.unwrap().split_whitespace().next().unwrap();
+            number.parse().unwrap()
+        };
         let mut blocks: Vec<Vec<u8>> = (0..32 * 1024).map(|_| vec![1; 2048]).collect();
         let alive = blocks.pop();
         let full = anonymous_kib();
         drop(blocks);
-        give_back();
+        super::give_back();
         assert!(
             anonymous_kib() + 32 * 1024 < full,
             "of 64 MiB not even half went back"
