@@ -175,7 +175,11 @@ fn resolvers_keep_their_slots_and_the_oldest_but_the_first_gives_way() {
     assert_eq!(asked.resolver(0), None);
     for round in 0..2 {
         for n in 0..ASKED_SLOTS {
-            assert_eq!(asked.one_of(&resolver(0), &resolver(n as u32)), n, "round {round}");
+            assert_eq!(
+                asked.one_of(&resolver(0), &resolver(n as u32)),
+                n,
+                "round {round}"
+            );
         }
     }
     let slots: Vec<usize> = (100..109)
@@ -208,5 +212,8 @@ fn a_socket_that_remembered_nothing_may_have_asked_the_usual_resolver() {
     assert_eq!(asked.one_of(&resolver(1), &resolver(2)), 1);
     assert_eq!(asked.one_of(&resolver(1), &resolver(1)), 0);
     asked.alone(&resolver(3));
-    assert_eq!((asked.resolver(0), asked.resolver(1)), (Some(resolver(3)), None));
+    assert_eq!(
+        (asked.resolver(0), asked.resolver(1)),
+        (Some(resolver(3)), None)
+    );
 }

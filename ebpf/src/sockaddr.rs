@@ -65,7 +65,11 @@ pub fn socket(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
 pub fn bound_to(sk: *mut bpf_sock, v4: bool) -> Addr {
     if v4 {
         let word = field!(bpf_sock, sk, src_ip4);
-        if word == 0 { Addr::UNSPECIFIED } else { Addr::v4(word) }
+        if word == 0 {
+            Addr::UNSPECIFIED
+        } else {
+            Addr::v4(word)
+        }
     } else {
         Addr::v6([
             field!(bpf_sock, sk, src_ip6, 0),
