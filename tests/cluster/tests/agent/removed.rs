@@ -91,9 +91,11 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     for node in bed.cluster.nodes() {
         bed.until("its plugin is gone", || !installed(&bed, &node.name()));
         let culvert = Mesh::culvert().unwrap().display().to_string();
-        // A namespace that a test before has left may still be going: its pods are let go of as well.
         let uninstall = [&culvert, "uninstall", "--unenrol-pods", "--wait=30"];
-        bed.cluster.run_on(&node, &uninstall).unwrap();
+        // Pods that a test before has left may still be ending, with connections through ztunnel: it says to try again.
+        bed.until("all pods are let go of", || {
+            bed.cluster.run_on(&node, &uninstall).is_ok()
+        });
         let left = bed
             .cluster
             .run_on(&node, &["ls", "-A", "/sys/fs/bpf"])
