@@ -24,42 +24,57 @@ const PARTIES: &[(&str, &str, &str)] = &[
     ("ptp", "kindnet", "kindnetd"),
 ];
 
+/// Who is behind what happened to a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Party {
+    /// A sentence's part, for people.
+    pub who: String,
+    /// Whether a project is named, not merely a file.
+    pub known: bool,
+}
+
 /// Who is behind what happened to the file called `name`, given all that lies in the directory now.
 #[must_use]
-pub(super) fn name(name: &str, files: &[File], types: &[String]) -> String {
+pub(super) fn name(name: &str, files: &[File], types: &[String]) -> Party {
     if files
         .iter()
         .any(|f| f.is_backup() && f.name.strip_suffix(".cilium_bak") == Some(name))
     {
-        return format!(
+        return known(format!(
             "{}, which puts configurations of others aside; set cni.exclusive=false (ConfigMap key cni-exclusive) in its \
              settings",
             with_process("Cilium", "cilium-agent")
-        );
+        ));
     }
     // The last in a chain is the last to have written.
-    let known = |t: &String| PARTIES.iter().find(|(plugin, ..)| *plugin == t.as_str());
-    let known: Vec<_> = types.iter().filter_map(known).collect();
+    let listed = |t: &String| PARTIES.iter().find(|(plugin, ..)| *plugin == t.as_str());
+    let listed: Vec<_> = types.iter().filter_map(listed).collect();
     let is_secondary = |owner: &str| matches!(owner, "istio-cni" | "linkerd-cni");
-    let party = known
+    let party = listed
         .iter()
         .find(|(_, owner, _)| is_secondary(owner))
-        .or(known.first());
+        .or(listed.first());
     match party {
         // `ptp` is kindnet's only where kindnet runs.
         Some(("ptp", _, process)) if process_called(Path::new("/proc"), process).is_none() => {
             unknown(name, types)
         }
-        Some((_, owner, process)) => format!("{}, by {name}", with_process(owner, process)),
+        Some((_, owner, process)) => known(format!("{}, by {name}", with_process(owner, process))),
         None => unknown(name, types),
     }
 }
 
-fn unknown(name: &str, types: &[String]) -> String {
-    if types.is_empty() {
-        return format!("whoever writes or removes {name}");
-    }
-    format!("whoever writes {name} (plugins: {})", types.join(", "))
+fn known(who: String) -> Party {
+    Party { who, known: true }
+}
+
+fn unknown(name: &str, types: &[String]) -> Party {
+    let who = if types.is_empty() {
+        format!("whoever writes or removes {name}")
+    } else {
+        format!("whoever writes {name} (plugins: {})", types.join(", "))
+    };
+    Party { who, known: false }
 }
 
 fn with_process(owner: &str, process: &str) -> String {
@@ -97,15 +112,23 @@ mod tests {
 
     #[test]
     fn the_one_who_added_itself_is_named_not_the_network() {
-        let types = |t: &[&str]| t.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
-        assert!(
-            name("10-a.conflist", &[], &types(&["calico", "istio-cni"])).starts_with("istio-cni")
-        );
-        assert!(name("10-a.conflist", &[], &types(&["calico", "portmap"])).starts_with("Calico"));
+        let of = |file: &str, types: &[&str]| {
+            let types: Vec<_> = types.iter().map(|t| (*t).to_owned()).collect();
+            name(file, &[], &types)
+        };
+        let istio = of("10-a.conflist", &["calico", "istio-cni"]);
+        assert!(istio.known && istio.who.starts_with("istio-cni"));
+        let calico = of("10-a.conflist", &["calico", "portmap"]);
+        assert!(calico.known && calico.who.starts_with("Calico"));
+        let unlisted = of("10-a.conflist", &["x", "y"]);
         assert_eq!(
-            name("10-a.conflist", &[], &types(&["x", "y"])),
-            "whoever writes 10-a.conflist (plugins: x, y)"
+            (unlisted.who.as_str(), unlisted.known),
+            ("whoever writes 10-a.conflist (plugins: x, y)", false)
         );
-        assert_eq!(name("a", &[], &[]), "whoever writes or removes a");
+        let removed = of("a", &[]);
+        assert_eq!(
+            (removed.who.as_str(), removed.known),
+            ("whoever writes or removes a", false)
+        );
     }
 }

@@ -16,7 +16,10 @@ use serde::Serialize;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Cause, Error, Installer, Operation, Plan, active, party};
+use super::{
+    Cause, Error, Installer, Operation, Plan, active,
+    party::{self, Party},
+};
 
 /// Without any event: a directory may be mounted anew, or the kernel's queue may run over.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -104,7 +107,7 @@ enum Outcome {
     /// All was in place.
     InPlace(PathBuf),
     /// Something was put in place; by whom it had been undone.
-    Mended(PathBuf, String),
+    Mended(PathBuf, Party),
     /// Nothing to put our entry in; whether lists of ours have lost their original.
     Waiting {
         reason: String,
@@ -211,11 +214,7 @@ impl Installer {
             .operations
             .iter()
             .any(|o| !matches!(o, Operation::Sweep { .. }));
-        let by = if !undone {
-            String::new()
-        } else {
-            self.culprit(&plan)
-        };
+        let by = undone.then(|| self.culprit(&plan));
         match self.apply(&plan) {
             Err(Error {
                 cause: Cause::Changed,
@@ -225,8 +224,10 @@ impl Installer {
             Ok(()) => {}
         }
         done(match (plan.waiting, plan.entry_in) {
-            (None, Some(entry_in)) if by.is_empty() => Outcome::InPlace(entry_in),
-            (None, Some(entry_in)) => Outcome::Mended(entry_in, by),
+            (None, Some(entry_in)) => match by {
+                Some(by) => Outcome::Mended(entry_in, by),
+                None => Outcome::InPlace(entry_in),
+            },
             (reason, _) => Outcome::Waiting {
                 reason: reason.unwrap_or_default(),
                 orphans: orphans && !give_up,
@@ -235,7 +236,7 @@ impl Installer {
     }
 
     /// Who may have undone what this plan mends.
-    fn culprit(&self, plan: &Plan) -> String {
+    fn culprit(&self, plan: &Plan) -> Party {
         let files = active::scan(&self.options.conf_dir).unwrap_or_default();
         let conf = plan.operations.iter().find(|o| {
             matches!(
@@ -244,10 +245,13 @@ impl Installer {
             )
         });
         let Some(path) = conf.map(Operation::path) else {
-            return format!(
-                "whoever replaces or removes {}",
-                self.options.bin_dir.join(super::PLUGIN).display()
-            );
+            return Party {
+                who: format!(
+                    "whoever replaces or removes {}",
+                    self.options.bin_dir.join(super::PLUGIN).display()
+                ),
+                known: false,
+            };
         };
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let file = files.iter().find(|f| f.name == name);
@@ -339,9 +343,12 @@ impl Memory {
                     self.mended.push_back(now);
                     // In a fight, the state says it once.
                     if !self.is_contested() {
-                        tracing::warn!(%by, file = %entry_in.display(), "the CNI plugin's place was undone; put back");
+                        tracing::warn!(by = %by.who, file = %entry_in.display(), "the CNI plugin's place was undone; put back");
                     }
-                    self.by = by;
+                    // A fight leaves the directory now in one state, now in another: who was once found out stays named.
+                    if by.known || !self.is_contested() || self.by.is_empty() {
+                        self.by = by.who;
+                    }
                 } else {
                     tracing::info!(file = %entry_in.display(), "the CNI plugin is installed");
                 }

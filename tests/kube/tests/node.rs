@@ -144,7 +144,15 @@ async fn pods_of_every_kind() {
         node.until("counted", || Ok(node.metric(gone)? > before))
             .unwrap();
     }
+    // Deleted, but its processes are still ending: what they send stays captured.
     bed.delete_pod("mesh", "init").await.unwrap();
+    node.until("still captured", || {
+        let said = node.pod("mesh", "init")?.to_string();
+        Ok(said.contains("its processes have not ended"))
+    })
+    .unwrap();
+    assert!(node.whole(&init).unwrap(), "its processes are still there");
+    node.end_containers(&uid).unwrap();
     node.until("gone", || Ok(!node.whole(&init)?)).unwrap();
     assert_eq!(node.metric("culvert_enrolled_pods").unwrap(), 3.0);
     node.stop_agent().unwrap();
