@@ -274,25 +274,38 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result
     Ok(code)
 }
 
+/// A namespace in which no process is seen for this long is not one of a pod that is just being made.
+const APPEARING: Duration = Duration::from_secs(2);
+
 /// Lets every pod go and unloads; what could not be done.
 fn unenrol(global: &Global, wait: Duration) -> anyhow::Result<Vec<anyhow::Error>> {
     let Some(node) = Node::open(&global.bpffs)? else {
         return Ok(Vec::new());
     };
-    let end = Instant::now() + wait;
+    let started = Instant::now();
     let mut failed = Vec::new();
-    for pod in inspect::list(&node)? {
-        let Some(path) = &pod.path else {
-            continue;
-        };
-        if let Err(error) = Netns::open(path).and_then(|netns| pod::detach(&node, &netns)) {
-            failed.push(error.into());
-        }
-    }
+    let mut detached = BTreeSet::new();
     // Old connections keep a pod's rules until they end; collecting also takes what namespaces left that are gone.
     loop {
+        for pod in inspect::list(&node)? {
+            match &pod.path {
+                Some(path) => {
+                    if detached.insert(pod.cookie)
+                        && let Err(error) =
+                            Netns::open(path).and_then(|netns| pod::detach(&node, &netns))
+                    {
+                        failed.push(error.into());
+                    }
+                }
+                // A pod that ended while no agent could tell ztunnel, whose sockets are all that keeps its namespace.
+                None if started.elapsed() >= wait.min(APPEARING) => {
+                    pod::forget(&node, pod.cookie)?;
+                }
+                None => {}
+            }
+        }
         pod::collect(&node)?;
-        if inspect::list(&node)?.is_empty() || Instant::now() >= end {
+        if inspect::list(&node)?.is_empty() || started.elapsed() >= wait {
             break;
         }
         std::thread::sleep(Duration::from_millis(100));
