@@ -22,10 +22,11 @@ pub struct Namespace<'a> {
 }
 
 impl Api {
-    /// Makes a namespace, with labels as `key=value`. What is left of one of that name goes first.
+    /// Makes a namespace, with labels as `key=value`. What is left of one of that name goes first. Pods can be made in
+    /// it: its service account is there.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// When the API server refuses it, or no controller makes the service account.
     pub fn namespace(&self, name: &str, labels: &[&str]) -> Result<Namespace<'_>> {
         self.kubectl(&["delete", "namespace", name, "--ignore-not-found"])?;
         self.kubectl(&["create", "namespace", name])?;
@@ -36,6 +37,9 @@ impl Api {
         if !labels.is_empty() {
             self.kubectl(&[&["label", "namespace", name], labels].concat())?;
         }
+        // Its controller may lag behind on a busy machine, and pods are refused until then.
+        let timeout = format!("--timeout={}s", READY.as_secs());
+        namespace.kubectl(&["wait", "--for=create", "serviceaccount/default", &timeout])?;
         Ok(namespace)
     }
 }
