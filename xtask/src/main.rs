@@ -43,7 +43,7 @@ enum Verb {
     Unload,
     /// Watch unmodified programs in network namespaces be carried through a ztunnel, every line checked (root)
     Demo(demo::Args),
-    /// Run the tests: `unit`, `fuzz`, `e2e` (root), `cluster` (root), `vm`, or all of them
+    /// Run the tests: `unit`, `fuzz`, `e2e` (root), `cluster` (root), `vm`, all of them, or those of a name
     Test(test::Args),
     /// Feed parsers of foreign input with what a fuzzer makes up
     Fuzz(fuzz::Args),

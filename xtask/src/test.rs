@@ -1,10 +1,20 @@
 //! `cargo xtask test`: the suites, what each needs, and one verdict over all of them. A suite that cannot run is a
 //! failure, never a skip.
 
-use std::process::Command;
+mod record;
+mod summary;
+
+use std::{
+    path::PathBuf,
+    process::Command,
+    time::{Instant, SystemTime},
+};
 
 use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum as _;
 
+pub(crate) use self::summary::Verdict;
+use self::{record::Record, summary::Outcome};
 use crate::{
     bins, cluster, cmd, ebpf, fuzz, host, image,
     project::{Profile, Project},
@@ -37,6 +47,7 @@ enum Suite {
     /// Each fuzz target for half a minute; `cargo xtask fuzz` has more to choose: needs a C++ compiler
     Fuzz,
     /// Real programs in network namespaces of this machine: needs root
+    #[value(alias = "netns")]
     E2e,
     /// A real Kubernetes on this machine: needs root
     Cluster,
@@ -44,60 +55,120 @@ enum Suite {
     Vm,
 }
 
+impl Suite {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Fuzz => "fuzz",
+            Self::E2e => "e2e",
+            Self::Cluster => "cluster",
+            Self::Vm => "vm",
+        }
+    }
+}
+
 /// Options of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Which suite; all of them if left out
-    suite: Option<Suite>,
+    /// Which suite: `unit`, `fuzz`, `e2e` (or `netns`), `cluster`, `vm`; all of them if left out. Any other word is a name,
+    /// looked for in the first four
+    #[arg(value_name = "SUITE|NAME")]
+    what: Option<String>,
     /// Run only tests whose name contains one of these; `--exact`, `--nocapture` and, for `vm`, its own options
     /// (`test vm -- --help`) go here too
-    #[arg(
-        requires = "suite",
-        trailing_var_arg = true,
-        allow_hyphen_values = true
-    )]
+    #[arg(requires = "what", trailing_var_arg = true, allow_hyphen_values = true)]
     filter: Vec<String>,
+}
+
+/// Suites and filter, as they were asked for.
+fn chosen(args: &Args) -> (Vec<Suite>, Vec<String>) {
+    let mut filter = args.filter.clone();
+    let Some(what) = &args.what else {
+        return (Suite::value_variants().to_vec(), filter);
+    };
+    if let Ok(suite) = Suite::from_str(what, true) {
+        return (vec![suite], filter);
+    }
+    // The guests' tests have names of their own, and booting is long.
+    let mut suites = Suite::value_variants().to_vec();
+    suites.retain(|suite| *suite != Suite::Vm);
+    filter.insert(0, what.clone());
+    (suites, filter)
 }
 
 /// Runs the verb.
 pub(crate) fn main(args: &Args) -> Result<()> {
-    let suites = match args.suite {
-        Some(suite) => vec![suite],
-        None => vec![
-            Suite::Unit,
-            Suite::Fuzz,
-            Suite::E2e,
-            Suite::Cluster,
-            Suite::Vm,
-        ],
-    };
+    let (suites, filter) = chosen(args);
     if suites.contains(&Suite::E2e) || suites.contains(&Suite::Cluster) {
         // Known beforehand, so said beforehand.
         host::require_root("test")?;
     }
     let project = Project::find();
-    let mut failed = Vec::new();
+    let mut outcomes = Vec::new();
     for suite in suites {
-        eprintln!("== {suite:?}");
-        let result = match suite {
-            Suite::Unit => unit(&project, &args.filter),
-            Suite::Fuzz => fuzz::run(&project, &args.filter),
-            Suite::E2e => e2e(&project, &args.filter),
-            Suite::Cluster => on_a_cluster(&project, &args.filter),
-            Suite::Vm => vm::run(&args.filter),
-        };
-        if let Err(error) = result {
-            eprintln!("error: {error:#}");
-            failed.push(format!("{suite:?}"));
-        }
+        outcomes.push(outcome(&project, suite, &filter)?);
     }
+    println!("\n{}", summary::text(&outcomes));
+    let failed: Vec<_> = outcomes
+        .iter()
+        .filter(|outcome| outcome.verdict == Verdict::Failed)
+        .map(|outcome| outcome.name)
+        .collect();
     if !failed.is_empty() {
         bail!("failed: {}", failed.join(", "));
+    }
+    // A filter that matches nothing would pass without having tested anything.
+    if outcomes.iter().all(|one| one.verdict == Verdict::NoMatch) {
+        bail!(
+            "no test matches `{}`; the suites are unit, fuzz, e2e (netns), cluster, vm",
+            filter.join(" ")
+        );
     }
     Ok(())
 }
 
-fn unit(project: &Project, filter: &[String]) -> Result<()> {
+/// Runs one suite.
+fn outcome(project: &Project, suite: Suite, filter: &[String]) -> Result<Outcome> {
+    eprintln!("== {suite:?}");
+    let (started, since) = (Instant::now(), SystemTime::now());
+    let log = project.target.join(format!("test/{}.log", suite.name()));
+    let mut record = Record::begin(&log)?;
+    let result = match suite {
+        Suite::Unit => unit(project, filter, &mut record),
+        Suite::Fuzz => fuzz::run(project, filter),
+        Suite::E2e => e2e(project, filter, &mut record),
+        Suite::Cluster => on_a_cluster(project, filter, &mut record),
+        Suite::Vm => vm::run(filter).map(|()| Verdict::Passed),
+    };
+    let verdict = result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        Verdict::Failed
+    });
+    let logs = match suite {
+        Suite::Fuzz => project.target.join("fuzz"),
+        Suite::Vm => project.target.join("vm"),
+        Suite::Unit | Suite::E2e | Suite::Cluster => record.path,
+    };
+    let kept = match suite {
+        Suite::E2e | Suite::Cluster => summary::made_since(&kept(project), since),
+        Suite::Unit | Suite::Fuzz | Suite::Vm => Vec::new(),
+    };
+    Ok(Outcome {
+        name: suite.name(),
+        verdict,
+        took: started.elapsed(),
+        tally: record.tally,
+        logs,
+        kept,
+    })
+}
+
+/// Where tests on a cluster leave what is to be known about their failure.
+fn kept(project: &Project) -> PathBuf {
+    project.target.join("cluster/failed")
+}
+
+fn unit(project: &Project, filter: &[String], record: &mut Record) -> Result<Verdict> {
     ebpf::ensure(project)?;
     let workspace = || {
         let mut command = cmd::cargo(project);
@@ -113,18 +184,16 @@ fn unit(project: &Project, filter: &[String]) -> Result<()> {
         command.arg("--lib");
         command
     };
-    require_match(&mut [workspace(), programs()], filter)?;
-    let workspace = cmd::run(workspace().arg("--").args(filter));
-    let programs = cmd::run(programs().arg("--").args(filter));
-    workspace.and(programs)
+    if !any_match(&mut [workspace(), programs()], filter)? {
+        return Ok(Verdict::NoMatch);
+    }
+    let workspace = record.run(workspace().arg("--").args(filter));
+    let programs = record.run(programs().arg("--").args(filter));
+    workspace.and(programs)?;
+    Ok(Verdict::Passed)
 }
 
-fn e2e(project: &Project, filter: &[String]) -> Result<()> {
-    host::ensure_packages(host::PROGRAMS, "the end-to-end tests")?;
-    let binaries = ["culvert", "culvert-cni", "ztunnel-standin"];
-    bins::ensure(project, Profile::Dev, &binaries)?;
-    host::ensure_bpffs()?;
-    cluster::ensure_control_plane(project)?;
+fn e2e(project: &Project, filter: &[String], record: &mut Record) -> Result<Verdict> {
     let tests = || {
         let mut command = cmd::cargo(project);
         command.args(["test", "--locked", "--no-fail-fast"]);
@@ -134,59 +203,71 @@ fn e2e(project: &Project, filter: &[String]) -> Result<()> {
         bins::locate(&mut command, project, Profile::Dev);
         command
     };
-    require_match(&mut [tests()], filter)?;
-    cmd::run(
-        tests()
-            .args(["--", "--test-threads", E2E_THREADS])
-            .args(filter),
-    )
-    .context("end-to-end tests failed; each prints how to look into its namespaces")
+    ebpf::ensure(project)?;
+    if !any_match(&mut [tests()], filter)? {
+        return Ok(Verdict::NoMatch);
+    }
+    host::ensure_packages(host::PROGRAMS, "the end-to-end tests")?;
+    let binaries = ["culvert", "culvert-cni", "ztunnel-standin"];
+    bins::ensure(project, Profile::Dev, &binaries)?;
+    host::ensure_bpffs()?;
+    cluster::ensure_control_plane(project)?;
+    record
+        .run(
+            tests()
+                .args(["--", "--test-threads", E2E_THREADS])
+                .args(filter),
+        )
+        .context("end-to-end tests failed; each prints how to look into its namespaces")?;
+    Ok(Verdict::Passed)
 }
 
-fn on_a_cluster(project: &Project, filter: &[String]) -> Result<()> {
-    host::ensure_packages(host::PROGRAMS, "the tests")?;
-    host::ensure_packages(host::CLUSTER, "the cluster")?;
-    host::ensure_packages(host::CILIUM, "Cilium")?;
-    bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
-    let image = image::ensure(project)?;
-    cluster::ensure(project)?;
+fn on_a_cluster(project: &Project, filter: &[String], record: &mut Record) -> Result<Verdict> {
     let tests = || {
         let mut command = cmd::cargo(project);
         command.args(["test", "--locked", "--no-fail-fast"]);
         for package in ON_A_CLUSTER {
             command.args(["--package", package]);
         }
-        command.env("CULVERT_IMAGE", &image);
         bins::locate(&mut command, project, Profile::Dev);
         command
     };
-    require_match(&mut [tests()], filter)?;
-    cmd::run(
-        tests()
-            .args(["--", "--test-threads", CLUSTER_THREADS])
-            .args(filter),
-    )
-    .with_context(|| {
-        format!(
-            "tests on a cluster failed; logs and `kubectl describe` are in {}/cluster/failed",
-            project.target.display()
+    ebpf::ensure(project)?;
+    if !any_match(&mut [tests()], filter)? {
+        return Ok(Verdict::NoMatch);
+    }
+    host::ensure_packages(host::PROGRAMS, "the tests")?;
+    host::ensure_packages(host::CLUSTER, "the cluster")?;
+    host::ensure_packages(host::CILIUM, "Cilium")?;
+    bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
+    let image = image::ensure(project)?;
+    cluster::ensure(project)?;
+    record
+        .run(
+            tests()
+                .env("CULVERT_IMAGE", &image)
+                .args(["--", "--test-threads", CLUSTER_THREADS])
+                .args(filter),
         )
-    })
+        .with_context(|| {
+            format!(
+                "tests on a cluster failed; logs and `kubectl describe` are in {}",
+                kept(project).display()
+            )
+        })?;
+    Ok(Verdict::Passed)
 }
 
-/// A filter that matches nothing would pass without having tested anything.
-fn require_match(commands: &mut [Command], filter: &[String]) -> Result<()> {
+/// Whether a filter, if there is one, fits any test.
+fn any_match(commands: &mut [Command], filter: &[String]) -> Result<bool> {
     if filter.is_empty() {
-        return Ok(());
+        return Ok(true);
     }
     let mut found = 0;
     for command in commands {
         found += listed(&cmd::output(command.args(["--", "--list"]).args(filter))?);
     }
-    if found == 0 {
-        bail!("no test matches `{}`", filter.join(" "));
-    }
-    Ok(())
+    Ok(found > 0)
 }
 
 /// How many tests a `--list` names.
@@ -197,6 +278,34 @@ fn listed(list: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn choice(words: &[&str]) -> (Vec<Suite>, Vec<String>) {
+        let (what, filter) = match words.split_first() {
+            Some((what, filter)) => (Some((*what).to_owned()), filter),
+            None => (None, &[][..]),
+        };
+        let filter = filter.iter().map(|word| (*word).to_owned()).collect();
+        chosen(&Args { what, filter })
+    }
+
+    #[test]
+    fn a_suite_has_its_name_and_every_other_word_is_a_filter() {
+        assert_eq!(choice(&[]).0.len(), 5);
+        assert_eq!(choice(&["netns"]), (vec![Suite::E2e], Vec::new()));
+        assert_eq!(
+            choice(&["cluster", "probes"]),
+            (vec![Suite::Cluster], vec!["probes".to_owned()])
+        );
+        let (suites, filter) = choice(&["probes", "--nocapture"]);
+        assert_eq!(
+            suites,
+            [Suite::Unit, Suite::Fuzz, Suite::E2e, Suite::Cluster]
+        );
+        assert_eq!(filter, ["probes", "--nocapture"]);
+        for suite in Suite::value_variants() {
+            assert_eq!(choice(&[suite.name()]).0, [*suite]);
+        }
+    }
 
     #[test]
     fn tests_are_counted_in_the_list_of_libtest() {

@@ -17,12 +17,13 @@
 //! [`Cluster`] is the whole, with nodes that run pods; [`Cluster::shared`] is one for all tests of a process, each of which
 //! takes a [`Namespace`] there. A test that breaks nodes has one of its own ([`Cluster::up`]).
 //!
-//! Environment: `CULVERT_CLUSTER` names the running cluster that tests are to share; `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`;
-//! `CULVERT_KEEP=1` keeps the files of what has ended.
+//! Environment: `CULVERT_CLUSTER` names the running cluster that tests are to share; `CULVERT_CLUSTER_DIR` says where binaries, images and running clusters lie, by default `target/cluster`
+//! (what failed tests leave is always in `target/cluster/failed`); `CULVERT_KEEP=1` keeps the files of what has ended.
 
 mod apart;
 mod api;
 mod build;
+mod built;
 mod cgroups;
 mod cilium;
 mod cluster;
@@ -50,6 +51,7 @@ mod workload;
 
 pub use apart::Apart;
 pub use api::Api;
+pub use built::culvert_image;
 pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
 pub use image::{BUSYBOX, Image};

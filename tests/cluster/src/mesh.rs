@@ -9,10 +9,11 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
 use crate::build::copy_tree;
+use crate::built::{binary, culvert_image};
 use crate::cluster::Cluster;
 use crate::image::Image;
 use crate::node::Node;
@@ -235,46 +236,6 @@ fn redirection(pod: &Value) -> Option<&str> {
     pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()
 }
 
-/// The image as a cluster gets it.
-fn culvert_image() -> Result<PathBuf> {
-    let path = match std::env::var_os("CULVERT_IMAGE") {
-        Some(path) => path.into(),
-        None => place::target_dir().join("image/culvert.tar"),
-    };
-    ensure!(
-        path.is_file(),
-        "no image at {}: cargo xtask image",
-        path.display()
-    );
-    Ok(path)
-}
-
 fn standin() -> Result<PathBuf> {
     binary("ZTUNNEL_STANDIN_BIN", "ztunnel-standin")
-}
-
-/// A binary of this workspace: from the environment, or beside the running one.
-pub(crate) fn binary(variable: &str, name: &str) -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os(variable) {
-        let path = PathBuf::from(path);
-        ensure!(
-            path.is_file(),
-            "{variable}={} is no file: point it at the {name} binary",
-            path.display()
-        );
-        return Ok(path);
-    }
-    let me = std::env::current_exe().context("finding the running binary")?;
-    // Test binaries lie in target/<profile>/deps, the others in target/<profile>.
-    me.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join(name))
-        .find(|path| path.is_file())
-        .with_context(|| {
-            format!(
-                "no {name} binary beside {}: cargo xtask build, or set {variable}",
-                me.display()
-            )
-        })
 }

@@ -9,7 +9,7 @@ use nix::fcntl::{Flock, FlockArg};
 /// The file that says what a cluster consists of.
 pub(crate) const STATE: &str = "state.json";
 
-/// Everything that outlives a test: binaries, images, what failed.
+/// Everything that outlives a test: binaries, images, what runs.
 pub(crate) fn cluster_dir() -> Result<PathBuf> {
     let dir = match std::env::var_os("CULVERT_CLUSTER_DIR") {
         Some(dir) if !dir.is_empty() => PathBuf::from(dir),
@@ -97,10 +97,10 @@ impl Drop for Scratch {
     }
 }
 
-/// Copies the logs of something that has failed to where they stay, and says where. Only the last failure of a name is
-/// of interest.
+/// Copies the logs of something that has failed to where they stay, and says where: below the tree's own target directory,
+/// whoever else has the same binaries. Only the last failure of a name is of interest.
 pub(crate) fn keep_logs(dir: &Path, name: &str) -> Result<PathBuf> {
-    let failed = cluster_dir()?.join("failed").join(name);
+    let failed = target_dir().join("cluster/failed").join(name);
     let _none = fs::remove_dir_all(&failed);
     copy_logs(dir, &failed, 1)?;
     for entry in fs::read_dir(dir)?.flatten() {

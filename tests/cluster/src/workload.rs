@@ -6,9 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use crate::built::binary;
 use crate::cluster::Cluster;
 use crate::image::Image;
-use crate::mesh::binary;
 
 /// The image of `culvert-pod`; see its `--help` for what it does.
 pub const POD: &str = "culvert.test/pod:1";

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
-use std::path::PathBuf;
 
+use culvert_cluster::culvert_image;
 use flate2::read::GzDecoder;
 use serde_json::Value;
 
@@ -31,23 +31,9 @@ fn tar(from: impl std::io::Read) -> BTreeMap<String, (u32, Vec<u8>)> {
     files
 }
 
-/// Where `cargo xtask test` has put it, or a build by hand.
-fn path() -> PathBuf {
-    let told = std::env::var_os("CULVERT_IMAGE").map(PathBuf::from);
-    let path = told.unwrap_or_else(|| {
-        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/image/culvert.tar")
-    });
-    assert!(
-        path.is_file(),
-        "no image at {}: cargo xtask image",
-        path.display()
-    );
-    path
-}
-
 #[test]
 fn the_image_holds_two_static_programs_roots_licences_and_a_bill_of_materials() {
-    let archive = tar(File::open(path()).unwrap());
+    let archive = tar(File::open(culvert_image().unwrap()).unwrap());
     let json = |name: &str| -> Value { serde_json::from_slice(&archive[name].1).unwrap() };
     let docker = json("manifest.json");
     let layers = docker[0]["Layers"].as_array().unwrap();
