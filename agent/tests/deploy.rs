@@ -8,6 +8,8 @@
     reason = "test code: a step that fails is a test that fails"
 )]
 
+mod pages;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
@@ -36,22 +38,6 @@ fn read(path: &str) -> String {
 
 fn objects(path: &str) -> Vec<Value> {
     serde_saphyr::from_multiple(&read(path)).unwrap()
-}
-
-/// Compares a page with its file, or writes it.
-fn same(name: &str, page: &str) {
-    let path = root().join("docs").join(name);
-    if std::env::var_os("CULVERT_BLESS").is_some() {
-        fs::write(&path, page).unwrap();
-        return;
-    }
-    let kept = fs::read_to_string(&path).unwrap_or_default();
-    let differs = kept.lines().zip(page.lines()).find(|(a, b)| a != b);
-    assert!(
-        kept == page,
-        "docs/{name} is not what the code says: {differs:?}; write it anew with \
-         `CULVERT_BLESS=1 cargo test -p culvert --test deploy`"
-    );
 }
 
 /// One verb on one resource: namespace (none: everywhere), group, resource, name (none: all), verb.
@@ -307,7 +293,7 @@ fn the_page_of_privileges() {
         .unwrap();
     }
     page += "\nWithout one of them the agent says so by its name in `/readyz` and in its log.\n";
-    same("privileges.md", &page);
+    pages::same("deploy", "privileges.md", &page);
 }
 
 #[test]
@@ -366,7 +352,7 @@ fn the_page_of_values() {
             "values.yaml says nothing about {name}"
         );
     }
-    same("values.md", &page);
+    pages::same("deploy", "values.md", &page);
 }
 
 /// Names of all properties that have none below them.

@@ -6,30 +6,14 @@
     reason = "test code: a step that fails is a test that fails"
 )]
 
-use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path};
+mod pages;
+
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use culvert::{
     admin::Metrics,
     config::{AgentArgs, Config, Environment, KEYS, settings},
 };
-
-/// Compares a page with its file, or writes it.
-fn same(name: &str, page: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../docs")
-        .join(name);
-    if std::env::var_os("CULVERT_BLESS").is_some() {
-        fs::write(&path, page).unwrap();
-        return;
-    }
-    let kept = fs::read_to_string(&path).unwrap_or_default();
-    let differs = kept.lines().zip(page.lines()).find(|(a, b)| a != b);
-    assert!(
-        kept == page,
-        "docs/{name} is not what the code says: {differs:?}; write it anew with \
-         `CULVERT_BLESS=1 cargo test -p culvert --test documents`"
-    );
-}
 
 /// A metric as its text shows it.
 #[derive(Default)]
@@ -119,7 +103,7 @@ fn the_page_of_metrics() {
         )
         .unwrap();
     }
-    same("metrics.md", &page);
+    pages::same("documents", "metrics.md", &page);
 }
 
 #[test]
@@ -199,5 +183,5 @@ fn the_page_of_settings() {
         )
         .unwrap();
     }
-    same("settings.md", &page);
+    pages::same("documents", "settings.md", &page);
 }

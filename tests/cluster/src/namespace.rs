@@ -2,7 +2,10 @@
 //! fails, what is to be known about its pods stays.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -88,6 +91,24 @@ impl Namespace<'_> {
         self.kubectl(&[&["exec", pod, "--"], command].concat())
     }
 
+    /// What a pod's port answers to an HTTP request for `/` that comes by `kubectl port-forward`: head and body.
+    ///
+    /// # Errors
+    /// When kubectl does not forward, or nothing answers.
+    pub fn get_forwarded(&self, pod: &str, port: u16) -> Result<String> {
+        let (pod, port) = (format!("pod/{pod}"), format!(":{port}"));
+        let mut forward = self
+            .api
+            .admin()
+            .command(&["--namespace", &self.name, "port-forward", &pod, &port])
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let answer = request(&mut forward);
+        forward.kill()?;
+        forward.wait()?;
+        answer
+    }
+
     /// Writes down what is to be known after a failure.
     fn keep(&self) -> Result<PathBuf> {
         // Servers of the cluster and of its nodes, and pods of the system, first.
@@ -152,4 +173,21 @@ impl Drop for Namespace<'_> {
             eprintln!("{error:#}");
         }
     }
+}
+
+/// Asks by a forwarder that is starting.
+fn request(forward: &mut Child) -> Result<String> {
+    let output = forward.stdout.take().context("no output of kubectl")?;
+    // Kept until the end: kubectl writes to it again.
+    let mut output = BufReader::new(output);
+    let mut line = String::new();
+    output.read_line(&mut line)?;
+    // Forwarding from 127.0.0.1:40123 -> 8080
+    let at = line.split_whitespace().nth(2);
+    let at = at.with_context(|| format!("kubectl port-forward said {line:?}"))?;
+    let mut stream = TcpStream::connect(at)?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }

@@ -1,9 +1,5 @@
 //! The cluster that tests share: that a namespace of one's own works, in parallel, and that port-forward does.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
-use std::process::Stdio;
-
 use culvert_cluster::{Cluster, Namespace, Options};
 
 const SERVER: &str = r#"
@@ -55,25 +51,7 @@ fn a_test_has_its_namespace_to_itself() {
 #[test]
 fn port_forward_reaches_a_pod() {
     let cluster = Cluster::shared(&options()).unwrap();
-    let _namespace = serve(cluster, "forward").unwrap();
-    let args = ["-n", "forward", "port-forward", "pod/web", ":8080"];
-    let mut forward = cluster
-        .admin()
-        .command(&args)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    // Kept until the end: kubectl writes to it again.
-    let mut output = BufReader::new(forward.stdout.take().unwrap());
-    output.read_line(&mut line).unwrap();
-    // Forwarding from 127.0.0.1:40123 -> 8080
-    let at = line.split_whitespace().nth(2).unwrap().to_owned();
-    let mut stream = TcpStream::connect(at).unwrap();
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    forward.kill().unwrap();
-    forward.wait().unwrap();
+    let namespace = serve(cluster, "forward").unwrap();
+    let answer = namespace.get_forwarded("web", 8080).unwrap();
     assert!(answer.ends_with("hello\n"), "{answer}");
 }

@@ -54,6 +54,28 @@ fn nothing_but(node: &Governed, pod: &Ns) -> Result<bool> {
     Ok(about.all(|(_, keys)| keys.iter().all(|key| key.starts_with(&own))))
 }
 
+/// The runtime comes again with the mesh's pod: it starts, captured from its first act, and both go without a trace.
+fn comes_again(
+    node: &Governed,
+    (server_pod, server): (&Ns, &Server),
+    wire: &Capture,
+    meshed: Sandbox,
+    plain: Sandbox,
+) -> Result<()> {
+    let runtime = Runtime::chained(node, 20)?;
+    let result = runtime.add(node, &meshed)?;
+    first_act(&meshed.ns, server.addr())?;
+    runtime.check(node, &meshed, &result)?;
+    ensure!(
+        !wire.contains(FIRST_WORDS)?,
+        "plaintext:\n{}",
+        wire.describe()
+    );
+    runtime.remove(node, plain)?;
+    runtime.remove(node, meshed)?;
+    eventually("nothing is left over", || nothing_but(node, server_pod))
+}
+
 #[test]
 fn without_an_agent_only_pods_outside_the_mesh_start() -> Result<()> {
     let (mut node, server_pod, server) = node("cni-absent")?;
@@ -77,20 +99,8 @@ fn without_an_agent_only_pods_outside_the_mesh_start() -> Result<()> {
     later(runtime.add(&node, &new))?;
     runtime.del(&node, &new)?;
 
-    // The runtime comes again, and by then there is an agent.
     node.start_agent()?;
-    let runtime = Runtime::chained(&node, 20)?;
-    let result = runtime.add(&node, &sandbox)?;
-    first_act(&sandbox.ns, server.addr())?;
-    runtime.check(&node, &sandbox, &result)?;
-    ensure!(
-        !wire.contains(FIRST_WORDS)?,
-        "plaintext:\n{}",
-        wire.describe()
-    );
-    runtime.remove(&node, plain)?;
-    runtime.remove(&node, sandbox)?;
-    eventually("nothing is left over", || nothing_but(&node, &server_pod))
+    comes_again(&node, (&server_pod, &server), &wire, sandbox, plain)
 }
 
 #[test]
@@ -108,18 +118,7 @@ fn an_agent_that_does_not_answer_is_none() -> Result<()> {
     runtime.del(&node, &sandbox)?;
     node.agent()?.process().signal(Signal::SIGCONT)?;
     // What it finds in its socket's queue by now is from plugins that have given up.
-    let runtime = Runtime::chained(&node, 20)?;
-    let result = runtime.add(&node, &sandbox)?;
-    first_act(&sandbox.ns, server.addr())?;
-    runtime.check(&node, &sandbox, &result)?;
-    ensure!(
-        !wire.contains(FIRST_WORDS)?,
-        "plaintext:\n{}",
-        wire.describe()
-    );
-    runtime.remove(&node, plain)?;
-    runtime.remove(&node, sandbox)?;
-    eventually("nothing is left over", || nothing_but(&node, &server_pod))
+    comes_again(&node, (&server_pod, &server), &wire, sandbox, plain)
 }
 
 #[test]

@@ -2,9 +2,7 @@
 //! pods.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::process::Stdio;
+use std::net::{IpAddr, SocketAddr};
 
 use culvert_cluster::pod;
 use serde_json::json;
@@ -106,26 +104,7 @@ fn exec_logs_and_port_forward_work_on_enrolled_pods() {
     let hello = bed.namespace.exec("shell", &["echo", "hello"]).unwrap();
     assert_eq!(hello, "hello\n");
 
-    let args = ["-n", "kubectl", "port-forward", "pod/a", ":8080"];
-    let mut forward = bed
-        .cluster
-        .admin()
-        .command(&args)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    // Kept until the end: kubectl writes to it again.
-    let mut output = BufReader::new(forward.stdout.take().unwrap());
-    output.read_line(&mut line).unwrap();
-    // Forwarding from 127.0.0.1:40123 -> 8080
-    let at = line.split_whitespace().nth(2).unwrap().to_owned();
-    let mut stream = TcpStream::connect(at).unwrap();
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    forward.kill().unwrap();
-    forward.wait().unwrap();
+    let answer = bed.namespace.get_forwarded("a", 8080).unwrap();
     assert!(answer.contains("\r\n\r\na "), "{answer}");
     // From within the pod, by its loopback: nobody's business.
     assert_eq!(bed.counted("a", "inbound_accepts"), 0);
