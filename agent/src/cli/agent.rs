@@ -21,6 +21,10 @@ const WORKERS: usize = 2;
 const SPARE_BLOCKING: usize = 4;
 
 pub(super) fn run(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode> {
+    start(global, args).inspect_err(daemon::failed::tell)
+}
+
+fn start(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode> {
     let loaded = Config::load(args, &Environment::of_process())?;
     if args.print_config {
         let all = settings(&loaded);

@@ -5,9 +5,11 @@
 
 mod cilium;
 mod counting;
+pub mod failed;
 mod installing;
 mod probes;
 mod requests;
+mod rights;
 mod serving;
 mod ztunnels;
 
@@ -91,6 +93,12 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
             Arc::clone(&node),
             Arc::clone(&metrics),
             readiness.task("cilium"),
+            end.clone(),
+        ));
+        tasks.spawn(rights::keep(
+            Arc::clone(&source),
+            config.daemonset_namespace.clone(),
+            readiness.task("rights"),
             end.clone(),
         ));
     }

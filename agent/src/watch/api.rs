@@ -34,6 +34,7 @@ use super::{
     follow::{Namespaces, OptIns, Pods, follow},
     objects::{self, Metadata},
     policies::Policies,
+    preflight::{self, Right},
     removal::{self, Standing},
     stats::Stats,
     view::View,
@@ -263,6 +264,11 @@ impl Api {
             Ok(None) => Standing::Removed("its node is gone".into()),
             Err(e) => removal::unanswered(e),
         }
+    }
+
+    /// Which of its rights the agent has; `own` is its namespace.
+    pub async fn rights(&self, own: &str) -> Result<Vec<Right>> {
+        preflight::rights(&self.client, own).await
     }
 
     /// Labels of this node.

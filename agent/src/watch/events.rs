@@ -12,7 +12,7 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        core::v1::ObjectReference,
+        core::v1::{ObjectReference, Pod},
         events::v1::{Event, EventSeries},
     },
     apimachinery::pkg::apis::meta::v1::MicroTime,
@@ -163,6 +163,35 @@ impl Queue {
         tracing::debug!(%error, "event lost");
         false
     }
+}
+
+/// Writes one event at once, about the agent's own pod, before the agent ends.
+pub async fn tell_of_end(
+    client: &Client,
+    namespace: &str,
+    pod: &str,
+    note: String,
+) -> Result<(), Error> {
+    let pods = Api::<Pod>::namespaced(client.clone(), namespace);
+    // `kubectl describe` looks for events by the pod's UID.
+    let found = pods.get_metadata(pod).await;
+    let found = found.map_err(|e| Error::kube("read pod", format!("{namespace}/{pod}"), &e))?;
+    let notice = Notice {
+        about: About::Pod(PodRef {
+            namespace: namespace.to_owned(),
+            name: pod.to_owned(),
+            uid: found.metadata.uid.as_deref().unwrap_or_default().into(),
+        }),
+        kind: Kind::Warning,
+        reason: "CulvertAgentFailed",
+        action: "Start",
+        note,
+    };
+    let events = Api::<Event>::namespaced(client.clone(), namespace);
+    let event = event(&notice, "", pod);
+    let written = events.create(&PostParams::default(), &event).await;
+    written.map_err(|e| Error::kube("write", "an event", &e))?;
+    Ok(())
 }
 
 /// What to do with a notice.

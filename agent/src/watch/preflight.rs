@@ -2,6 +2,8 @@
 //!
 //! Asks as whoever the configuration says; changes nothing.
 
+use std::fmt;
+
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
 };
@@ -21,6 +23,19 @@ pub struct Right {
     pub namespace: Option<String>,
     /// What is refused.
     pub refused: Vec<&'static str>,
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.refused.join(", "), self.rule.resource)?;
+        if !self.rule.group.is_empty() {
+            write!(f, ".{}", self.rule.group)?;
+        }
+        if let Some(namespace) = &self.namespace {
+            write!(f, " in namespace {namespace}")?;
+        }
+        write!(f, " ({})", self.rule.why)
+    }
 }
 
 /// Asks for every right. `own` is the agent's namespace.

@@ -13,7 +13,7 @@ use culvert::{
     model::{PodRef, Redirection},
     watch::{About, Error, Kind, Notice, Standing, rbac::RULES},
 };
-use culvert_kube_tests::{Bed, LONG, NODE, Watcher, find, logs, rbac};
+use culvert_kube_tests::{Bed, HOME, LONG, NODE, Watcher, find, logs, node::Node, rbac};
 use serde_json::json;
 
 fn notice(pod: &PodRef) -> Notice {
@@ -131,4 +131,53 @@ async fn listed_rights_are_enough_and_each_is_needed() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_right_that_an_agent_lacks_is_named_by_it() {
+    logs();
+    let bed = Bed::start("rights-named").await.unwrap();
+    let mut node = Node::new("rights-named", &bed).unwrap();
+    let own = ["--daemonset-namespace", HOME.0];
+    let refused = |node: &Node| -> anyhow::Result<String> {
+        let text = node.page(8000, "/readyz")?;
+        let line = text.lines().find(|line| line.contains("  rights  "));
+        Ok(line.unwrap_or_default().to_owned())
+    };
+    for rule in &RULES {
+        for verb in rule.verbs {
+            let without = rbac::manifests(|r, v| r != rule || v != *verb).unwrap();
+            bed.plane.apply(&without).unwrap();
+            node.start_agent(&own).unwrap();
+            let named = format!("{verb} {}", rule.resource);
+            node.until(&format!("{named}: named"), || {
+                let line = refused(&node)?;
+                let others = RULES.iter().filter(|other| other.resource != rule.resource);
+                Ok(line.contains(&named)
+                    && line.contains(rule.why)
+                    && line.contains("the chart's roles list what is needed")
+                    && others.filter(|other| line.contains(other.why)).count() == 0)
+            })
+            .unwrap();
+            assert!(node.log().contains(&named), "{}", node.log());
+            node.stop_agent().unwrap();
+        }
+    }
+    // Granted to one that runs.
+    let without = rbac::manifests(|r, _| r.resource != "pods/status");
+    bed.plane.apply(&without.unwrap()).unwrap();
+    node.start_agent(&own).unwrap();
+    node.until("one is missed", || {
+        Ok(refused(&node)?.contains("pods/status"))
+    })
+    .unwrap();
+    bed.plane
+        .apply(&rbac::manifests(|_, _| true).unwrap())
+        .unwrap();
+    node.until("nothing is missed", || {
+        let line = refused(&node)?;
+        Ok(line.starts_with("ok") && !line.contains("refuses"))
+    })
+    .unwrap();
+    node.stop_agent().unwrap();
 }
