@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::Kubectl;
 use crate::kubeconfig::{self, Proof};
+use crate::mesh::AGENT;
 use crate::parts::{Part, Parts};
 use crate::pki::{MASTERS, Pair, Pki};
 use crate::server::{Lifetime, Server};
@@ -124,6 +125,11 @@ impl Api {
     /// The authority that has signed the API server's certificate (PEM).
     pub fn ca(&self) -> PathBuf {
         self.pki.ca()
+    }
+
+    /// Where a whole cluster's API server writes, as one line of JSON each, what Culvert's agents have asked it.
+    pub fn audit_log(&self) -> PathBuf {
+        self.spec.dir.join("audit.log")
     }
 
     /// A directory that goes with the cluster.
@@ -382,7 +388,12 @@ impl Api {
             let Pair { certificate, key } =
                 self.pki
                     .issue("kubelet-client", "kube-apiserver", MASTERS, &[])?;
+            let policy = spec.dir.join("audit.json");
+            std::fs::write(&policy, audit_policy().to_string())
+                .with_context(|| format!("writing {}", policy.display()))?;
             command.args([
+                flag("audit-policy-file", &policy),
+                flag("audit-log-path", &self.audit_log()),
                 format!("--advertise-address={}", spec.address),
                 flag("kubelet-client-certificate", &certificate),
                 flag("kubelet-client-key", &key),
@@ -399,6 +410,17 @@ impl Api {
         }
         Ok(command)
     }
+}
+
+/// Requests of Culvert's agents, and of nobody else: to log all would cost what others are measured by.
+fn audit_policy() -> Value {
+    let agents = format!("system:serviceaccounts:{}", AGENT.1);
+    json!({
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata", "userGroups": [agents]}, {"level": "None"}],
+    })
 }
 
 /// `--name=path`.
