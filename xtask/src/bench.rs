@@ -5,14 +5,14 @@ use std::os::unix::process::CommandExt as _;
 use anyhow::{Context as _, Result};
 
 use crate::{
-    bins, host,
+    bins, build, cluster, host, image,
     project::{Profile, Project},
 };
 
 /// Options of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Which benchmark, and its options (`datapath`, `dns`, `agent`; `bench agent --help` explains one, `bench -- --help` lists them)
+    /// Which benchmark, and its options (`datapath`, `dns`, `agent`, `cluster`; `bench agent --help` explains one, `bench -- --help` lists them)
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
@@ -28,8 +28,16 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         &["culvert", "culvert-cni", "ztunnel-standin", "culvert-bench"],
     )?;
     host::ensure_bpffs()?;
-    let error = bins::command(&project, Profile::Release, "culvert-bench")
-        .args(&args.arguments)
-        .exec();
+    let mut bench = bins::command(&project, Profile::Release, "culvert-bench");
+    let help = |word: &String| word == "--help" || word == "-h";
+    let on_a_cluster = args.arguments.first().is_some_and(|name| name == "cluster");
+    if on_a_cluster && !args.arguments.iter().any(help) {
+        host::ensure_packages(host::CLUSTER, "the cluster")?;
+        // With `culvert-pod`, which runs in its pods.
+        build::binaries(&project, Profile::Release, &["culvert-cluster"])?;
+        cluster::ensure_kubernetes(&project)?;
+        bench.env("CULVERT_IMAGE", image::ensure(&project)?);
+    }
+    let error = bench.args(&args.arguments).exec();
     Err(error).context("cannot start culvert-bench")
 }

@@ -47,6 +47,11 @@ pub(crate) fn ensure_control_plane(project: &Project) -> Result<()> {
     cmd::run(command(project)?.args(["build", "--control-plane"]))
 }
 
+/// Builds what a cluster with the bridge network consists of.
+pub(crate) fn ensure_kubernetes(project: &Project) -> Result<()> {
+    cmd::run(command(project)?.arg("build"))
+}
+
 /// Builds all that clusters consist of, Cilium too.
 pub(crate) fn ensure(project: &Project) -> Result<()> {
     cmd::run(command(project)?.args(["build", "--cilium"]))

@@ -47,7 +47,7 @@ enum Verb {
     Test(test::Args),
     /// Feed parsers of foreign input with what a fuzzer makes up
     Fuzz(fuzz::Args),
-    /// Measure the datapath, DNS or the agent; results go to target/bench (root)
+    /// Measure the datapath, DNS, the agent, or all of it on a real Kubernetes; results go to target/bench (root)
     Bench(bench::Args),
     /// Build the container image into target/image: reproducible, with licences and a bill of materials
     Image(image::Args),

@@ -5,12 +5,15 @@ mod agent;
 mod bystanders;
 mod chart;
 mod client;
+mod cluster;
 mod datapath;
 mod dns;
 mod enrol;
 mod interrupt;
+mod machine;
 mod netfilter;
 mod node;
+mod process;
 mod proxy;
 mod report;
 mod runs;
@@ -46,6 +49,8 @@ enum Bench {
     Dns(Options),
     /// The agent: plugin ADD, a namespace's label, memory, idle processor time, and what a day's pods leave behind
     Agent(agent::Options),
+    /// A real Kubernetes with and without Culvert: pods' start, a namespace's label, rollouts, requests, memory
+    Cluster(cluster::Options),
 }
 
 /// How long and where to.
@@ -116,6 +121,7 @@ fn main() -> Result<ExitCode> {
         Bench::Datapath(options) => datapath(&options)?,
         Bench::Dns(options) => lookups(&options)?,
         Bench::Agent(options) => return agent::main(&options),
+        Bench::Cluster(options) => return cluster::main(&options),
     }
     Ok(ExitCode::SUCCESS)
 }

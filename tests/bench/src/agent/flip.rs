@@ -6,9 +6,9 @@ use anyhow::{Context as _, Result, ensure};
 use culvert_lab::Ns;
 use serde_json::{Value, json};
 
-use super::footprint::Memory;
 use super::site::{self, Site};
 use crate::interrupt;
+use crate::process::Memory;
 use crate::stats::Summary;
 
 /// The namespace of these pods.

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use culvert_e2e::bpf;
-use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 use super::site::Site;
+use crate::process::Memory;
 
 /// Maps that are as large as they are: their entries are not made and unmade.
 const FIXED: [&str; 7] = [
@@ -22,41 +21,6 @@ const FIXED: [&str; 7] = [
     // Forget by themselves what is old, and hold connections, not pods.
     "VOUCHED",
 ];
-
-/// Memory in KiB.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Memory {
-    pub(super) rss: u64,
-    pub(super) anonymous: u64,
-    pub(super) file: u64,
-    /// The most there ever was.
-    pub(super) peak: u64,
-}
-
-impl Memory {
-    pub(super) fn of(pid: u32) -> Result<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/status"))
-            .context("reading the agent's status: has it ended?")?;
-        let field = |name: &str| -> Result<u64> {
-            let line = text.lines().find_map(|line| line.strip_prefix(name));
-            let number =
-                line.and_then(|line| line.trim_start_matches(':').split_whitespace().next());
-            number
-                .and_then(|n| n.parse().ok())
-                .with_context(|| format!("no {name} in /proc/{pid}/status"))
-        };
-        Ok(Self {
-            rss: field("VmRSS")?,
-            anonymous: field("RssAnon")?,
-            file: field("RssFile")?,
-            peak: field("VmHWM")?,
-        })
-    }
-
-    pub(super) fn json(&self) -> Value {
-        json!({"rss_kib": self.rss, "anonymous_kib": self.anonymous, "file_kib": self.file, "peak_kib": self.peak})
-    }
-}
 
 /// Everything a pod that is gone must not leave behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,13 +74,4 @@ impl Footprint {
             "pins": self.pins, "map_entries": self.entries,
         })
     }
-}
-
-/// Processor time a process has used, all threads that ever were.
-pub(super) fn cpu(pid: u32) -> Result<Duration> {
-    // The kernel's number for the clock of a process: its id's complement, "scheduler's".
-    let clock = ClockId::from_raw((!pid.cast_signed() << 3) | 2);
-    clock_gettime(clock)
-        .map(Duration::from)
-        .context("reading the agent's clock: has it ended?")
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use crate::interrupt;
+use crate::{interrupt, machine, process};
 use results::{Idle, Results};
 
 /// Something of pods that are gone is still there.
@@ -191,9 +191,9 @@ fn measure(options: &Options) -> Result<Results> {
 
 fn idle(site: &site::Site, time: Duration) -> Result<Idle> {
     pause(CALM)?;
-    let (started, before) = (Instant::now(), footprint::cpu(site.agent.pid())?);
+    let (started, before) = (Instant::now(), process::cpu(site.agent.pid())?);
     pause(time)?;
-    let used = footprint::cpu(site.agent.pid())? - before;
+    let used = process::cpu(site.agent.pid())? - before;
     let seconds = started.elapsed().as_secs_f64();
     Ok(Idle {
         seconds,
@@ -212,21 +212,10 @@ fn pause(time: Duration) -> Result<()> {
 
 fn how(options: &Options) -> Result<String> {
     let binary = culvert_lab::culvert_binary()?;
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = load.split(' ').next().unwrap_or_default();
-    let busy = load.parse::<f64>().is_ok_and(|load| load > 0.7);
     let size = std::fs::metadata(&binary).map_or(0, |data| data.len());
     Ok(format!(
-        "Linux {}, {cpus} processors, load {load} at the start{}{}; {} ({:.1} MiB)",
-        kernel.trim(),
-        if busy {
-            " (NOT QUIET: times are the machine's as well)"
-        } else {
-            ""
-        },
-        if options.quick { ", --quick" } else { "" },
+        "{}; {} ({:.1} MiB)",
+        machine::state(options.quick),
         binary.display(),
         size as f64 / f64::from(1 << 20),
     ))
