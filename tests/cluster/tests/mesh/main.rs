@@ -2,16 +2,19 @@
 //! of it; what breaks nodes or the agent has clusters of its own, in `agent`.
 #![expect(
     clippy::unwrap_used,
+    clippy::panic,
     reason = "test code: a step that fails is a test that fails"
 )]
 
 mod bed;
 mod capture;
 mod enrolment;
+mod privileges;
 mod probes;
 mod starts;
 mod traffic;
 mod turns;
+mod variant;
 
 use culvert_cluster::{Cni, Options};
 
