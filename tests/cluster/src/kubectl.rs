@@ -11,6 +11,22 @@ use serde_json::Value;
 
 /// How often something waited for is asked for.
 const POLL: Duration = Duration::from_millis(200);
+/// How long a command is tried again that has failed for a reason of [`PASSING`].
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What a cluster on a busy machine says when it will soon say something else. In each case nothing was done: a command
+/// that has begun in a pod is not among them.
+const PASSING: [&str; 8] = [
+    "TLS handshake timeout",
+    "etcdserver: request timed out",
+    "etcdserver: too many requests",
+    "unable to return a response in the time allotted",
+    // The controller that makes a namespace's account lags behind.
+    "error looking up service account",
+    // The kubelet or the container is being started.
+    "error dialing backend",
+    "container not found",
+    "the object has been modified",
+];
 
 /// kubectl with one kubeconfig.
 #[derive(Debug, Clone)]
@@ -80,12 +96,17 @@ impl Kubectl {
         self.run_with(args, "")
     }
 
-    /// Runs it with something on its standard input.
+    /// Runs it with something on its standard input, again where what it failed for passes by itself.
     ///
     /// # Errors
     /// When it fails; the error holds what it said.
     pub fn run_with(&self, args: &[impl AsRef<OsStr>], stdin: &str) -> Result<String> {
-        let output = self.output(args, stdin)?;
+        let started = Instant::now();
+        let mut output = self.output(args, stdin)?;
+        while passes(&output) && started.elapsed() < PATIENCE {
+            std::thread::sleep(POLL);
+            output = self.output(args, stdin)?;
+        }
         if !output.status.success() {
             let line: Vec<_> = args
                 .iter()
@@ -147,4 +168,10 @@ impl Kubectl {
             std::thread::sleep(POLL);
         }
     }
+}
+
+/// Whether it failed for a reason of [`PASSING`].
+fn passes(output: &Output) -> bool {
+    let said = String::from_utf8_lossy(&output.stderr);
+    !output.status.success() && PASSING.iter().any(|reason| said.contains(reason))
 }

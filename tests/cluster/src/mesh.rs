@@ -24,7 +24,9 @@ const ZTUNNEL: &str = include_str!("ztunnel.yaml");
 const FILES: &str = "var/lib/ztunnel";
 /// On which clusters this process has installed both.
 static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(30);
+/// Generous: the machine may be busy with other things.
+const ROLLOUT: Duration = Duration::from_secs(180);
 
 /// One at a time tells ztunnels of peers.
 static TELLING: Mutex<()> = Mutex::new(());
@@ -82,21 +84,32 @@ impl<'a> Mesh<'a> {
         binary("CULVERT_BIN", "culvert")
     }
 
+    /// The plugin, of this build.
+    ///
+    /// # Errors
+    /// When it has not been built.
+    pub fn plugin() -> Result<PathBuf> {
+        binary("CULVERT_CNI_BIN", "culvert-cni")
+    }
+
     /// Waits until a DaemonSet is rolled out.
     ///
     /// # Errors
     /// When it is not in time.
     pub fn wait_for_rollout(&self, name: &str, namespace: &str) -> Result<()> {
-        let name = format!("daemonset/{name}");
+        let object = format!("daemonset/{name}");
+        // A watch that breaks off is no verdict: it is asked again.
         let args = [
             "rollout",
             "status",
             "-n",
             namespace,
-            &name,
-            "--timeout=180s",
+            &object,
+            "--timeout=20s",
         ];
-        self.cluster.kubectl(&args).map(drop)
+        let what = format!("{object} in {namespace} is rolled out");
+        let admin = self.cluster.admin();
+        admin.wait_until(&what, ROLLOUT, &args, |_| true).map(drop)
     }
 
     fn load_images(&self) -> Result<()> {

@@ -17,6 +17,10 @@ use crate::place;
 /// Generous: the machine may be busy with other things.
 const READY: Duration = Duration::from_secs(120);
 
+/// One line a pod, under one of headings.
+const READINESS: &str = "custom-columns=NAME:.metadata.name,PHASE:.status.phase,GOES:.metadata.deletionTimestamp,\
+                         READY:.status.conditions[?(@.type==\"Ready\")].status";
+
 /// A namespace that only one test uses.
 #[derive(Debug)]
 pub struct Namespace<'a> {
@@ -73,14 +77,16 @@ impl Namespace<'_> {
             .run_with(&[&args[..], &["-f", "-"]].concat(), manifests)
     }
 
-    /// Waits until all pods there are now are ready.
+    /// Waits until all pods there are ready, at least one; those that are on their way out do not count.
     ///
     /// # Errors
     /// When one is not in time.
     pub fn wait_until_ready(&self) -> Result<()> {
-        let timeout = format!("--timeout={}s", READY.as_secs());
-        let args = ["wait", "--for=condition=Ready", "pod", "--all", &timeout];
-        self.kubectl(&args).map(drop)
+        // `kubectl wait` gives up on all when one of them goes.
+        let args = ["--namespace", &self.name, "get", "pods", "-o", READINESS];
+        let what = format!("all pods of {} are ready", self.name);
+        let api = self.api.admin();
+        api.wait_until(&what, READY, &args, all_ready).map(drop)
     }
 
     /// Runs a command in a pod (`NAME`, or `daemonset/NAME` and the like) and returns what it printed.
@@ -190,4 +196,33 @@ fn request(forward: &mut Child) -> Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// Whether a table of [`READINESS`] has a pod, and none that has yet to become ready.
+fn all_ready(table: &str) -> bool {
+    let mut pods = table
+        .lines()
+        .skip(1)
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|pod| pod.get(2) == Some(&"<none>"))
+        .peekable();
+    pods.peek().is_some() && pods.all(|pod| pod.get(3) == Some(&"True"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_that_go_are_not_waited_for_and_none_is_not_all() {
+        let head = "NAME PHASE GOES READY\n";
+        let table = |pods: &str| all_ready(&format!("{head}{pods}"));
+        assert!(!table(""));
+        assert!(table(
+            "a Running <none> True\nb Failed 2026-01-01T00:00:00Z False\n"
+        ));
+        assert!(!table("a Running <none> True\nb Pending <none> <none>\n"));
+        assert!(!table("a Running 2026-01-01T00:00:00Z True\n"));
+        assert!(!table("a Running <none> False\n"));
+    }
 }

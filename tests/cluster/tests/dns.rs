@@ -63,12 +63,14 @@ spec:
 }
 
 /// What is answered by now, waiting as long as it is something else.
-fn eventually(what: &str, wanted: &str, mut ask: impl FnMut() -> anyhow::Result<String>) {
+fn eventually(what: &str, wanted: &str, mut ask: impl FnMut() -> anyhow::Result<String>) -> String {
     let began = Instant::now();
     loop {
         let said = ask();
-        if said.as_ref().is_ok_and(|said| said.contains(wanted)) {
-            return;
+        if let Ok(said) = &said
+            && said.contains(wanted)
+        {
+            return said.clone();
         }
         if began.elapsed() > PATIENCE {
             panic!("{what}: no `{wanted}`, but {said:?}");
@@ -81,10 +83,9 @@ fn eventually(what: &str, wanted: &str, mut ask: impl FnMut() -> anyhow::Result<
 fn all_are_told(namespace: &Namespace<'_>, name: &str, by: Ipv4Addr) {
     let by = by.to_string();
     for way in ["+notcp", "+tcp"] {
-        eventually(&format!("dig {way} {name}"), &by, || {
+        let said = eventually(&format!("dig {way} {name}"), &by, || {
             namespace.exec("client", &["/bin/dig", way, name])
         });
-        let said = namespace.exec("client", &["/bin/dig", way, name]).unwrap();
         let server = format!("SERVER: {0}#53({0})", coredns::KUBE_DNS);
         assert!(said.contains(&server) && said.contains(&by), "{said}");
         // dig says so when an answer comes from somebody else.
@@ -127,10 +128,9 @@ fn lookups_reach_ztunnel_although_cilium_balances_the_dns_service() {
     cluster.start_service(&node, Service::Cilium).unwrap();
     let dbg = Parts::find().unwrap().get(Part::CiliumDbg).unwrap();
     let status = [dbg.to_str().unwrap(), "status", "--verbose"];
-    eventually("cilium-dbg status", "Socket LB Coverage:", || {
+    let said = eventually("cilium-dbg status", "Socket LB Coverage:", || {
         cluster.run_on(&node, &status)
     });
-    let said = cluster.run_on(&node, &status).unwrap();
     let coverage = said
         .lines()
         .find(|line| line.contains("Socket LB Coverage:"));
@@ -189,7 +189,7 @@ fn lookups_reach_ztunnel_although_cilium_balances_the_dns_service() {
         all_are_told(&meshed, "mesh.test", BY_ZTUNNEL);
         // ztunnel asks the service itself, and Cilium's balancing gets it there.
         all_are_told(&meshed, "else.test", BY_COREDNS);
-        assert!(queries(&mesh) >= 14);
+        assert!(queries(&mesh) >= 10);
         // Cilium's agent starts anew and puts its programs there again.
         cluster.stop_service(&node, Service::Cilium).unwrap();
         cluster.start_service(&node, Service::Cilium).unwrap();

@@ -81,5 +81,14 @@ fn api(name: &str) -> culvert_cluster::ControlPlane {
         "--all",
     ];
     api.kubectl(&wait).unwrap();
+    // Established is not yet to be found by everybody who asks which kinds there are.
+    for (group, _, kind, _) in FOREIGN_KINDS {
+        let list = ["get", &format!("{kind}.{group}"), "-A"];
+        let what = format!("{kind} can be listed");
+        let patience = std::time::Duration::from_secs(60);
+        api.admin()
+            .wait_until(&what, patience, &list, |_| true)
+            .unwrap();
+    }
     api
 }

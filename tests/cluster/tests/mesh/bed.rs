@@ -58,9 +58,13 @@ impl Bed {
         self.start(&[pod("a", "node1", &["serve"]), pod("b", "node2", &["serve"])]);
     }
 
+    /// A pod as the API server has it. One that a controller is about to make is waited for.
     pub(crate) fn pod(&self, name: &str) -> Value {
-        let args = ["pod", name, "-n", self.name()];
-        self.cluster.admin().get(&args).unwrap()
+        let args = ["get", "pod", name, "-n", self.name(), "-o", "json"];
+        let what = format!("{name} is there");
+        let admin = self.cluster.admin();
+        let found = admin.wait_until(&what, LONG, &args, |_| true).unwrap();
+        serde_json::from_str(&found).unwrap()
     }
 
     pub(crate) fn pods(&self) -> Vec<Value> {

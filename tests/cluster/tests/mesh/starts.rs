@@ -125,17 +125,22 @@ fn a_stateful_pod_comes_back_under_its_name() {
             },
         },
     })]);
-    let rolled_out = ["rollout", "status", "statefulset/db", "--timeout=120s"];
     let mut uids = Vec::new();
     for round in 1..=3 {
-        bed.namespace.kubectl(&rolled_out).unwrap();
+        // Not by the set's status, which may still be that of the pod before.
+        bed.until(&format!("db-0 is ready, number {round}"), || {
+            let pod = bed.pod("db-0");
+            let uid = pod["metadata"]["uid"].clone();
+            let ready = pod["status"]["containerStatuses"][0]["ready"] == true;
+            if ready && !uids.contains(&uid) {
+                uids.push(uid);
+            }
+            uids.len() == round
+        });
         bed.wait_for_membership("db-0", true);
-        uids.push(bed.pod("db-0")["metadata"]["uid"].to_string());
-        assert_eq!(bed.counted("server", "hbone_in"), round);
+        assert_eq!(bed.counted("server", "hbone_in"), round as u64);
         bed.namespace.kubectl(&["delete", "pod", "db-0"]).unwrap();
     }
-    uids.dedup();
-    assert_eq!(uids.len(), 3);
     assert_eq!(seen_on(captures, &["stateful-secret"]), [0]);
     bed.namespace
         .kubectl(&["delete", "statefulset", "db"])
