@@ -239,7 +239,8 @@ fn on_a_cluster(project: &Project, filter: &[String], record: &mut Record) -> Re
     host::ensure_packages(host::PROGRAMS, "the tests")?;
     host::ensure_packages(host::CLUSTER, "the cluster")?;
     host::ensure_packages(host::CILIUM, "Cilium")?;
-    bins::ensure(project, Profile::Dev, &["culvert", "ztunnel-standin"])?;
+    let binaries = ["culvert", "culvert-cni", "ztunnel-standin"];
+    bins::ensure(project, Profile::Dev, &binaries)?;
     let image = image::ensure(project)?;
     cluster::ensure(project)?;
     record

@@ -14,6 +14,7 @@ mod removed;
 mod traffic;
 #[path = "../mesh/turns.rs"]
 mod turns;
+mod upgraded;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

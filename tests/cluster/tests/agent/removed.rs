@@ -90,7 +90,10 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     bed.start(&[shell("leaver", "node1")]);
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
     of_agent(&bed, &["delete", "daemonset", AGENT.0]);
-    bed.until("its plugin is gone", || !installed(&bed, "node1"));
+    let nodes = bed.cluster.nodes();
+    for node in &nodes {
+        bed.until("its plugin is gone", || !installed(&bed, &node.name()));
+    }
     // Nobody tells ztunnel that this one has ended: it goes on holding sockets in its namespace.
     bed.cluster
         .kubectl(&[
@@ -102,26 +105,23 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
             "--grace-period=1",
         ])
         .unwrap();
-    for node in bed.cluster.nodes() {
-        bed.until("its plugin is gone", || !installed(&bed, &node.name()));
-        let culvert = Mesh::culvert().unwrap().display().to_string();
-        let uninstall = [&culvert, "uninstall", "--unenrol-pods", "--wait=30"];
+    let culvert = Mesh::culvert().unwrap().display().to_string();
+    let uninstall = [&culvert, "uninstall", "--unenrol-pods", "--wait=30"];
+    let find = "for ns in /run/netns/cni-*; do for f in -4 -6; do nsenter --net=$ns ip $f rule list; done; done";
+    for node in &nodes {
         // Pods that a test before has left may still be ending, with connections through ztunnel: it says to try again.
         bed.until("all pods are let go of", || {
             bed.cluster
-                .run_on(&node, &uninstall)
+                .run_on(node, &uninstall)
                 .inspect_err(|error| eprintln!("{}: {error:#}", node.name()))
                 .is_ok()
         });
         let left = bed
             .cluster
-            .run_on(&node, &["ls", "-A", "/sys/fs/bpf"])
+            .run_on(node, &["ls", "-A", "/sys/fs/bpf"])
             .unwrap();
         assert!(!left.contains("culvert"), "{left}");
-    }
-    let find = "for ns in /run/netns/cni-*; do for f in -4 -6; do nsenter --net=$ns ip $f rule list; done; done";
-    for node in bed.cluster.nodes() {
-        let rules = bed.cluster.run_on(&node, &["sh", "-c", find]).unwrap();
+        let rules = bed.cluster.run_on(node, &["sh", "-c", find]).unwrap();
         assert!(
             rules.contains("main") && !rules.contains("15001"),
             "{rules}"

@@ -39,12 +39,15 @@ impl Traffic {
     pub(crate) fn goes_on(&self) {
         let bed = &self.bed;
         bed.wait_for_more_lines("talker");
-        let (good, carried) = (bed.told("load", "good"), bed.counted("load", "hbone_out"));
+        let (good, carried) = (
+            told_by_now(bed, "load", "good"),
+            bed.counted("load", "hbone_out"),
+        );
         bed.until("new connections are made, in HBONE", || {
-            bed.told("load", "good") > good.map(|good| good + 10)
+            bed.told("load", "good") > Some(good + 10)
                 && bed.counted("load", "hbone_out") > carried + 10
         });
-        assert_eq!(bed.told("load", "failed"), Some(0), "{}", bed.log("load"));
+        assert_eq!(told_by_now(bed, "load", "failed"), 0, "{}", bed.log("load"));
         for name in ["load", "talker"] {
             assert_eq!(bed.counted(name, "passthrough_out"), 0, "{name}");
         }
@@ -75,6 +78,16 @@ impl Traffic {
     }
 }
 
+/// The number behind a word in the log of a pod that has surely said it, as soon as that can be read.
+fn told_by_now(bed: &Bed, pod: &str, word: &str) -> u64 {
+    let mut told = None;
+    bed.until(&format!("{pod} says how many are {word}"), || {
+        told = bed.told(pod, word);
+        told.is_some()
+    });
+    told.unwrap()
+}
+
 /// What the runtime of a node finds in its CNI configurations, all of them.
 pub(crate) fn configurations(bed: &Bed, node: &str) -> String {
     let node = bed.cluster.node(node).unwrap();
@@ -95,4 +108,17 @@ pub(crate) fn installed(bed: &Bed, node: &str) -> bool {
 pub(crate) fn of_agent(bed: &Bed, args: &[&str]) -> String {
     let namespaced = [&["-n", AGENT.1][..], args].concat();
     bed.cluster.kubectl(&namespaced).unwrap()
+}
+
+/// The agents' pods, with what runs in each: the same again if none was started anew.
+pub(crate) fn running_agents(bed: &Bed) -> BTreeMap<String, String> {
+    let pods = bed.cluster.admin().get(&["pods", "-n", AGENT.1]).unwrap();
+    let pods = pods["items"].as_array().unwrap().iter();
+    pods.filter(|pod| pod["metadata"]["ownerReferences"][0]["name"] == AGENT.0)
+        .map(|pod| {
+            let name = pod["metadata"]["name"].as_str().unwrap().to_owned();
+            let container = &pod["status"]["containerStatuses"][0]["containerID"];
+            (name, container.to_string())
+        })
+        .collect()
 }
