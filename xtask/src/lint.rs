@@ -1,5 +1,6 @@
 //! `cargo xtask lint`: every check that needs no running system. All of them run; the verdict comes at the end.
 
+mod aarch64;
 mod files;
 mod licences;
 
@@ -19,7 +20,7 @@ pub(crate) fn main() -> Result<()> {
     ebpf::ensure(&project)?;
     let toolchain = Toolchain::ensure(&project)?;
     let project = &project;
-    let checks: [Check<'_>; 8] = [
+    let checks: [Check<'_>; 9] = [
         ("files", Box::new(|| files::check(project))),
         ("licences", Box::new(|| licences::check(project))),
         // `--all` takes in the eBPF package, which is a path dependency of the agent.
@@ -36,6 +37,7 @@ pub(crate) fn main() -> Result<()> {
             "clippy, ebpf programs",
             Box::new(|| cmd::run(&mut toolchain.clippy(project)?)),
         ),
+        ("aarch64", Box::new(|| aarch64::check(project))),
         ("documentation", Box::new(|| cmd::run(&mut doc(project)))),
         (
             "documentation, ebpf",
