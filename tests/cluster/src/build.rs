@@ -3,13 +3,13 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::parts::{CILIUM, Part, go_mod};
+use crate::parts::{CILIUM, ISTIO, Part, go_mod};
 use crate::tool;
 
 /// How often a build that takes minutes says that it goes on.
@@ -32,10 +32,17 @@ const CILIUM_FILES: [(&str, &str); 4] = [
 pub(crate) fn one(part: Part, path: &Path) -> Result<()> {
     let dir = path.parent().context("a path without a directory")?;
     fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    let temporary = path.with_extension("new");
+    if part == Part::IstioCharts {
+        copy_tree(
+            &source_of(part, ISTIO)?.join("manifests/charts"),
+            &temporary,
+        )?;
+        return fs::rename(&temporary, path).with_context(|| format!("making {}", path.display()));
+    }
     if part == Part::CiliumAgent {
         copy_cilium_files(dir)?;
     }
-    let temporary = path.with_extension("new");
     let (_, module, package) = part.pin();
     let version = dir
         .file_name()
@@ -98,12 +105,17 @@ fn go(part: Part) -> std::process::Command {
     command
 }
 
-/// The module cache is the user's, and may be emptied: what is needed later is copied.
+/// Where a module's files are. The module cache is the user's, and may be emptied: what is needed later is to be copied.
+fn source_of(part: Part, module: &str) -> Result<PathBuf> {
+    tool::run(go(part).args(["mod", "download", module]))?;
+    let dir = tool::run(go(part).args(["list", "-m", "-f", "{{.Dir}}", module]))?;
+    Ok(PathBuf::from(dir.trim()))
+}
+
 fn copy_cilium_files(to: &Path) -> Result<()> {
-    tool::run(go(Part::CiliumAgent).args(["mod", "download", CILIUM]))?;
-    let module = tool::run(go(Part::CiliumAgent).args(["list", "-m", "-f", "{{.Dir}}", CILIUM]))?;
+    let module = source_of(Part::CiliumAgent, CILIUM)?;
     for (from, name) in CILIUM_FILES {
-        copy_tree(&Path::new(module.trim()).join(from), &to.join(name))?;
+        copy_tree(&module.join(from), &to.join(name))?;
     }
     Ok(())
 }

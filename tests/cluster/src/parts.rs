@@ -1,4 +1,4 @@
-//! The programs a cluster is made of: which there are, where they lie, how they are built. Versions are pinned by the
+//! The programs a cluster is made of, and charts that are tested with it: which there are, where they lie, how they are built. Versions are pinned by the
 //! Go modules beside this crate and nowhere else.
 
 use std::fs::{self, File};
@@ -11,6 +11,8 @@ use crate::{build, place};
 
 /// The Go module of Cilium.
 pub(crate) const CILIUM: &str = "github.com/cilium/cilium";
+/// The Go module of Istio.
+pub(crate) const ISTIO: &str = "istio.io/istio";
 
 /// A program built from a Go module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,8 @@ pub enum Part {
     Cnitool,
     /// The cluster's name server
     Coredns,
+    /// Istio's charts: a directory, of which nothing is compiled
+    IstioCharts,
 }
 
 impl Part {
@@ -46,7 +50,7 @@ impl Part {
     pub const CILIUM: [Self; 3] = [Self::CiliumAgent, Self::CiliumCni, Self::CiliumDbg];
 
     /// All parts but Cilium's, in the order in which they are of use.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Etcd,
         Self::KubeApiserver,
         Self::KubeControllerManager,
@@ -56,6 +60,7 @@ impl Part {
         Self::Helm,
         Self::Cnitool,
         Self::Coredns,
+        Self::IstioCharts,
     ];
 
     /// What a [`ControlPlane`](crate::ControlPlane) consists of.
@@ -76,6 +81,7 @@ impl Part {
             Self::Helm => "helm",
             Self::Cnitool => "cnitool",
             Self::Coredns => "coredns",
+            Self::IstioCharts => "charts",
         }
     }
 
@@ -86,6 +92,7 @@ impl Part {
             Self::CiliumAgent => cilium("/daemon"),
             Self::CiliumCni => cilium("/plugins/cilium-cni"),
             Self::CiliumDbg => cilium("/cilium-dbg"),
+            Self::IstioCharts => ("istio", ISTIO, String::new()),
             Self::Etcd => ("etcd", "go.etcd.io/etcd/server/v3", String::new()),
             Self::Helm => ("tools", "helm.sh/helm/v3", "/cmd/helm".to_owned()),
             Self::Cnitool => (
@@ -136,7 +143,7 @@ impl Parts {
     /// When it has not been built; the error says how to.
     pub fn get(&self, part: Part) -> Result<PathBuf> {
         let path = self.path(part)?;
-        if !path.is_file() {
+        if !path.exists() {
             bail!(
                 "{} is not there: build it with `cargo xtask cluster build{}` (minutes, once), or point \
                  CULVERT_CLUSTER_DIR at a directory that has it",
@@ -159,7 +166,7 @@ impl Parts {
         fs::create_dir_all(&self.bin).with_context(|| format!("making {}", self.bin.display()))?;
         let mut missing = Vec::new();
         for part in parts {
-            if !self.path(*part)?.is_file() {
+            if !self.path(*part)?.exists() {
                 missing.push(*part);
             }
         }
@@ -179,7 +186,7 @@ impl Parts {
             .context("waiting for another build")?;
         for part in missing {
             // Another build may have made it meanwhile.
-            if !self.path(part)?.is_file() {
+            if !self.path(part)?.exists() {
                 build::one(part, &self.path(part)?)
                     .with_context(|| format!("building {}", part.name()))?;
             }

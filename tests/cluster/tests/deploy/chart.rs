@@ -4,7 +4,7 @@
 use culvert_cluster::{ControlPlane, Part, Parts};
 use serde_json::Value;
 
-use crate::render::{chart, deploy, done, helm, template};
+use crate::render::{chart, deploy, done, helm, objects, template};
 use crate::{HOME, api};
 
 #[test]
@@ -236,6 +236,82 @@ fn a_release_is_installed_upgraded_rolled_back_and_removed() {
         let left = api.kubectl(&["get", kind, "culvert", "-n", namespace]);
         assert!(left.is_err(), "{kind} in {namespace} is left");
     }
+}
+
+#[test]
+fn the_values_for_istio_do_what_they_say_in_its_own_charts() {
+    let charts = Parts::find().unwrap().get(Part::IstioCharts).unwrap();
+    let render = |chart: &str, values: &[&str]| -> String {
+        let chart = charts.join(chart).display().to_string();
+        let common = ["template", "istio", &chart, "--kube-version", "1.36.3"];
+        let namespace = ["--namespace", "istio-system"];
+        done(helm(&[&common[..], &namespace, values].concat()))
+    };
+    // Of one object, not of text: what a chart renders also quotes its values.
+    let object = |text: &str, kind: &str, name: &str| -> Value {
+        objects(text)
+            .into_iter()
+            .find_map(|(key, object)| (key.0 == kind && key.2 == name).then_some(object))
+            .unwrap_or_else(|| panic!("no {kind} {name}"))
+    };
+    let file = |name: &str| {
+        let path = deploy().join("istio").join(name);
+        path.display().to_string()
+    };
+
+    let (istiod, values) = ("istio-control/istio-discovery", file("istiod.yaml"));
+    let deployment = |more: &[&str]| {
+        let text = render(istiod, &[&["--values", &values][..], more].concat());
+        object(&text, "Deployment", "istiod").to_string()
+    };
+    let ambient = r#"{"name":"PILOT_ENABLE_AMBIENT","value":"true"}"#;
+    let untaints = "PILOT_ENABLE_NODE_UNTAINT_CONTROLLERS";
+    let plain = object(&render(istiod, &[]), "Deployment", "istiod").to_string();
+    assert!(!plain.contains(ambient), "then the value is not needed");
+    assert!(deployment(&[]).contains(ambient));
+    assert!(!deployment(&[]).contains(untaints));
+    assert!(deployment(&["--set", "pilot.taint.enabled=true"]).contains(untaints));
+    let injector = |more: &[&str]| -> Value {
+        let text = render(istiod, &[&["--values", &values][..], more].concat());
+        let map = object(&text, "ConfigMap", "istio-sidecar-injector");
+        let values = map["data"]["values"].as_str().unwrap();
+        serde_json::from_str(values).unwrap()
+    };
+    assert_eq!(injector(&[])["pilot"]["cni"]["enabled"], false);
+    let enabled = injector(&["--set", "pilot.cni.enabled=true"]);
+    assert_eq!(enabled["pilot"]["cni"]["enabled"], true);
+
+    let values = file("ztunnel.yaml");
+    let daemonset = |more: &[&str]| {
+        let text = render("ztunnel", &[&["--values", &values][..], more].concat());
+        object(&text, "DaemonSet", "ztunnel")
+    };
+    let ztunnel = daemonset(&[]);
+    let elsewhere = daemonset(&["--set", "istioNamespace=elsewhere"]).to_string();
+    assert!(
+        ztunnel
+            .to_string()
+            .contains("istiod.istio-system.svc:15012")
+    );
+    assert!(elsewhere.contains("istiod.elsewhere.svc:15012"));
+    // Where Culvert answers, and by what it knows ztunnel's pods.
+    let paths = |daemonset: &Value| -> Vec<String> {
+        let volumes = daemonset["spec"]["template"]["spec"]["volumes"].as_array();
+        let paths = volumes.unwrap().iter();
+        paths
+            .filter_map(|one| one["hostPath"]["path"].as_str().map(str::to_owned))
+            .collect()
+    };
+    assert_eq!(paths(&ztunnel), ["/var/run/ztunnel"]);
+    let (_, ours) = chart(&[])
+        .into_iter()
+        .find(|(key, _)| key.0 == "DaemonSet")
+        .unwrap();
+    assert!(paths(&ours).contains(&"/var/run/ztunnel".to_owned()));
+    assert_eq!(
+        ztunnel["spec"]["template"]["metadata"]["labels"]["app"],
+        "ztunnel"
+    );
 }
 
 #[test]

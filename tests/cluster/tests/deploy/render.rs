@@ -100,7 +100,7 @@ pub(crate) fn kustomize(dir: &str) -> BTreeMap<Key, Value> {
 }
 
 /// Without what says who has rendered them, and lists in which order means nothing in one order.
-fn objects(text: &str) -> BTreeMap<Key, Value> {
+pub(crate) fn objects(text: &str) -> BTreeMap<Key, Value> {
     let documents: Vec<Option<Value>> = serde_saphyr::from_multiple(text).unwrap();
     let mut found = BTreeMap::new();
     for mut object in documents.into_iter().flatten() {
