@@ -1,6 +1,7 @@
 //! `cargo xtask image`: what a node gets, as one reproducible tar: the two static programs, roots of trust, licences and
 //! a bill of materials. How an image is written is `culvert-oci`'s; what is done with it is the user's.
 
+mod again;
 mod components;
 mod notices;
 mod sbom;
@@ -32,11 +33,17 @@ pub(crate) struct Args {
     /// The image's name and tag
     #[arg(long, default_value = "culvert:dev", value_name = "NAME")]
     tag: String,
+    /// Build the commit a second time, in another directory and from nothing, and fail unless both are the same
+    #[arg(long)]
+    verify: bool,
 }
 
 /// Runs the verb.
 pub(crate) fn main(args: &Args) -> Result<()> {
     let project = Project::find();
+    if args.verify {
+        return again::verify(&project, &args.tag);
+    }
     let path = write(&project, &args.tag)?;
     println!("{}", path.display());
     Ok(())
