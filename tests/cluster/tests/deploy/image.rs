@@ -127,3 +127,54 @@ fn the_image_holds_two_static_programs_roots_licences_and_a_bill_of_materials() 
     let name = &index["manifests"][0]["annotations"]["io.containerd.image.name"];
     assert_eq!(*name, "docker.io/library/culvert:dev");
 }
+
+/// What the Containerfile does with the image after `cargo xtask image`, without a container: its own commands, in
+/// directories of this test.
+#[test]
+fn the_containerfile_unpacks_the_same_files_and_starts_the_same_program() {
+    let text = std::fs::read_to_string(crate::render::deploy().join("Containerfile")).unwrap();
+    let text = text.replace("\\\n", " ");
+    let image = culvert_image().unwrap();
+    let dir = std::env::temp_dir().join(format!("culvert-containerfile-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let unpack = text
+        .lines()
+        .find_map(|line| line.strip_prefix("RUN mkdir "))
+        .unwrap();
+    let unpack = format!("mkdir {unpack}")
+        .replace("target/image/culvert.tar", image.to_str().unwrap())
+        .replace("/archive", &format!("{}/archive", dir.display()))
+        .replace(
+            "/root-of-image",
+            &format!("{}/root-of-image", dir.display()),
+        );
+    #[expect(clippy::disallowed_methods, reason = "its shell commands are tested")]
+    let status = std::process::Command::new("sh")
+        .args(["-ec", &unpack])
+        .status()
+        .unwrap();
+    assert!(status.success(), "{unpack}");
+
+    let archive = tar(File::open(&image).unwrap());
+    let json = |name: &str| -> Value { serde_json::from_slice(&archive[name].1).unwrap() };
+    let docker = json("manifest.json");
+    let layer = &archive[docker[0]["Layers"][0].as_str().unwrap()].1;
+    let files = tar(GzDecoder::new(layer.as_slice()));
+    for (name, (_, content)) in files.iter().filter(|(name, _)| !name.ends_with('/')) {
+        let unpacked = std::fs::read(dir.join("root-of-image").join(name)).unwrap();
+        assert!(unpacked == *content, "{name}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+
+    let config = json(docker[0]["Config"].as_str().unwrap());
+    let config = &config["config"];
+    let (_, last) = text.rsplit_once("FROM ").unwrap();
+    for line in [
+        "scratch".to_owned(),
+        "COPY --from=build /root-of-image/ /".to_owned(),
+        format!("ENV {}", config["Env"][0].as_str().unwrap()),
+        format!("ENTRYPOINT {}", config["Entrypoint"]),
+    ] {
+        assert!(last.lines().any(|one| one == line), "{line}");
+    }
+}
