@@ -52,9 +52,9 @@ fn an_agent_without_any_one_of_its_capabilities_ends_and_names_it() {
             assert!(!said.contains(other), "without {capability}: {said}");
         }
     }
-    // The others of the cluster run with exactly those.
+    // The others of the cluster, which are older, run with exactly those.
     for node in bed.cluster.nodes() {
-        let status = ["sh", "-c", "cat /proc/$(pgrep -x culvert)/status"];
+        let status = ["sh", "-c", "cat /proc/$(pgrep -o -x culvert)/status"];
         let status = bed.cluster.run_on(&node, &status).unwrap();
         for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
             let line = status.lines().find_map(|line| line.strip_prefix(set));
