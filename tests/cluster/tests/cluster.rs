@@ -1,4 +1,8 @@
 //! The whole cluster: that it is a real one, and that nothing is left of it.
+#![expect(
+    clippy::unwrap_used,
+    reason = "test code: a step that fails is a test that fails"
+)]
 
 use std::time::{Duration, Instant};
 
@@ -233,5 +237,107 @@ spec:
     while id() == before || in_pod(&["true"]).is_err() {
         assert!(started.elapsed() < LONG, "the pod does not come back");
         std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Every process number in a cluster's notes.
+fn processes(state: &serde_json::Value) -> Vec<String> {
+    match state {
+        serde_json::Value::Object(map) => map
+            .iter()
+            .flat_map(|(key, value)| match value.as_i64() {
+                Some(pid) if key == "pid" => vec![pid.to_string()],
+                _ => processes(value),
+            })
+            .collect(),
+        serde_json::Value::Array(list) => list.iter().flat_map(processes).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// `cargo xtask cluster` by its program, for one cluster, which goes with the value.
+struct Verbs(String);
+
+impl Verbs {
+    fn run(&self, words: &[&str]) -> (bool, String) {
+        let words = [words, &["--name", &self.0]].concat();
+        command(env!("CARGO_BIN_EXE_culvert-cluster"), &words)
+    }
+
+    /// Starts it and returns its directory.
+    fn up(&self) -> std::path::PathBuf {
+        let (done, said) = self.run(&["up", "--nodes", "1", "--cni", "none"]);
+        assert!(done, "{said}");
+        let kubeconfig = said
+            .lines()
+            .find_map(|line| line.strip_prefix("export KUBECONFIG="));
+        let mut dir = std::path::PathBuf::from(kubeconfig.unwrap());
+        assert!(dir.pop());
+        dir
+    }
+}
+
+impl Drop for Verbs {
+    fn drop(&mut self) {
+        let (done, said) = self.run(&["down"]);
+        if !done {
+            eprintln!("{said}");
+        }
+    }
+}
+
+/// Whether it succeeded, and all that it said.
+#[expect(clippy::disallowed_methods, reason = "the verbs are tested")]
+fn command(program: &str, words: &[&str]) -> (bool, String) {
+    let output = std::process::Command::new(program)
+        .args(words)
+        .output()
+        .unwrap();
+    let said = [&output.stdout[..], &output.stderr].concat();
+    (
+        output.status.success(),
+        String::from_utf8_lossy(&said).into_owned(),
+    )
+}
+
+#[test]
+fn one_that_was_killed_is_no_obstacle_to_the_next_of_its_name() {
+    let verbs = Verbs(format!("stale{}", std::process::id()));
+    let dir = verbs.up();
+    let read = || -> serde_json::Value {
+        let text = std::fs::read_to_string(dir.join("state.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let first = read();
+    let pids = processes(&first);
+    assert!(pids.len() >= 7, "{first:#}");
+    let words: Vec<&str> = ["-9"]
+        .into_iter()
+        .chain(pids.iter().map(String::as_str))
+        .collect();
+    // One that ends with another is gone by then.
+    let _some_gone = command("kill", &words);
+    let started = Instant::now();
+    while verbs.run(&["status", "-o", "json"]).0 {
+        assert!(started.elapsed() < LONG, "killed, it counts as up");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+
+    // What is left of it is in nobody's way.
+    assert_eq!(verbs.up(), dir);
+    assert!(processes(&read()).iter().all(|pid| !pids.contains(pid)));
+    for _twice in 0..2 {
+        let (done, said) = verbs.run(&["down"]);
+        assert!(done, "{said}");
+    }
+    assert!(!dir.exists());
+    // Whoever comes next may have its addresses, but nothing has its directory.
+    let name = dir.display().to_string();
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+    assert!(!mounts.contains(&name), "{mounts}");
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        assert!(!line.contains(&name), "{line}");
     }
 }
