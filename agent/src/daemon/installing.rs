@@ -21,6 +21,10 @@ pub(super) async fn keep(
     end: CancellationToken,
 ) {
     let installer = Arc::new(Installer::new(Options::from(&config)));
+    // With a plugin and no agent that can answer it, no pod starts.
+    if !installer.has_plugin() && !knows_pods(&source, &task, &end).await {
+        return;
+    }
     let (sender, mut status) = watch::channel(Status::default());
     metrics.count_installer({
         let status = status.clone();
@@ -50,6 +54,18 @@ pub(super) async fn keep(
                 tracing::error!(%error, "taking the plugin away");
             }
         }
+    }
+}
+
+/// Waits until it is known which pods there are; false when the end comes first.
+async fn knows_pods(source: &Source, task: &Task, end: &CancellationToken) -> bool {
+    task.set_not_ready(
+        "nothing is put in place before pods and namespaces have been listed once: see `watch`",
+    );
+    let mut cluster = source.subscribe();
+    tokio::select! {
+        () = end.cancelled() => false,
+        listed = cluster.wait_for(|cluster| cluster.listed) => listed.is_ok(),
     }
 }
 

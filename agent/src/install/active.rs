@@ -199,7 +199,9 @@ pub fn find<'a>(files: &'a [File], name: Option<&str>) -> Active<'a> {
         }
     });
     active.waiting = match &active.passed[..] {
-        [] => "there is no CNI configuration yet: the cluster's CNI has not written one".to_owned(),
+        [] => "there is no CNI configuration yet: the cluster's CNI has not written one, or the node's container \
+               runtime reads another directory than the one given to the agent (chart: hostPaths.cniConf)"
+            .to_owned(),
         passed => format!(
             "there is no valid CNI configuration yet: {}",
             passed.join("; ")

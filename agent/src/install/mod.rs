@@ -43,6 +43,13 @@ impl Installer {
         }
     }
 
+    /// Whether a plugin lies where ours does: this agent's, or one's before it.
+    #[must_use]
+    pub fn has_plugin(&self) -> bool {
+        let program = self.options.bin_dir.join(PLUGIN);
+        program.symlink_metadata().is_ok()
+    }
+
     /// What has to change for the plugin to be in place.
     pub fn plan(&self) -> Result<Plan, Error> {
         let o = &self.options;

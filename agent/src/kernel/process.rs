@@ -48,6 +48,8 @@ pub(super) fn identify(pid: u32, otherwise: &str) -> Result<Identity> {
     let own = own_namespace()?;
     let nested = own != INITIAL;
     if nested && !preflight::tells_any_pid_namespace() {
+        // A kernel that takes no program at all would be blamed for its age.
+        preflight::require_features()?;
         return Err(Error::wrong(
             OPERATION,
             object,

@@ -2,6 +2,7 @@
 //! clear, and afterwards all is as it should be. One test at a time: each disturbs the whole cluster.
 #![expect(
     clippy::unwrap_used,
+    clippy::panic,
     reason = "test code: a step that fails is a test that fails"
 )]
 
@@ -10,11 +11,14 @@ mod bed;
 #[path = "../mesh/capture.rs"]
 mod capture;
 mod disturbed;
+mod refused;
 mod removed;
 mod traffic;
 #[path = "../mesh/turns.rs"]
 mod turns;
 mod upgraded;
+#[path = "../mesh/variant.rs"]
+mod variant;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -7,7 +7,7 @@ use culvert_cluster::{AGENT, Kubectl};
 use serde_json::Value;
 
 use crate::bed::Bed;
-use crate::variant::{Variants, agent_pod, daemonset};
+use crate::variant::{Variants, daemonset, second_agent};
 
 /// A verb on a resource, of one object by its name or of all.
 type Right = (String, String, String);
@@ -30,7 +30,7 @@ fn an_agent_without_any_one_of_its_capabilities_ends_and_names_it() {
     assert!(!listed.is_empty());
     let name = |capability: &str| format!("no-{}", capability.to_lowercase().replace('_', "-"));
     let without = |capability: &String| {
-        let mut pod = agent_pod(&daemonset, &name(capability));
+        let mut pod = second_agent(&daemonset, &name(capability));
         let container = &mut pod["spec"]["containers"][0];
         let added = container["securityContext"]["capabilities"]["add"].as_array_mut();
         added.unwrap().retain(|one| one != capability);

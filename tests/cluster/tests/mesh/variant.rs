@@ -12,25 +12,30 @@ pub(crate) fn daemonset(bed: &Bed) -> Value {
     bed.cluster.admin().get(&args).unwrap()
 }
 
-/// A pod of that template on node 1. It is not started again when it ends, it is not the DaemonSet's, and it takes none of
-/// the ports of the agent beside it.
-pub(crate) fn agent_pod(daemonset: &Value, name: &str) -> Value {
+/// A pod of that template on a node. It is not started again when it ends, and it is not the DaemonSet's.
+pub(crate) fn agent_pod(daemonset: &Value, name: &str, node: &str) -> Value {
     let mut spec = daemonset["spec"]["template"]["spec"].clone();
-    spec["nodeName"] = "node1".into();
+    spec["nodeName"] = node.into();
     spec["restartPolicy"] = "Never".into();
-    let agent = spec["containers"][0].as_object_mut().unwrap();
-    for part in ["ports", "startupProbe", "livenessProbe", "readinessProbe"] {
-        agent.remove(part);
-    }
-    let args = agent["args"].as_array_mut().unwrap();
-    args.push("--metrics-address=127.0.0.1:25014".into());
-    args.push("--health-address=127.0.0.1:25015".into());
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": name, "namespace": AGENT.1},
         "spec": spec,
     })
+}
+
+/// The same on node 1, beside another agent: it takes whatever ports are free.
+pub(crate) fn second_agent(daemonset: &Value, name: &str) -> Value {
+    let mut pod = agent_pod(daemonset, name, "node1");
+    let agent = pod["spec"]["containers"][0].as_object_mut().unwrap();
+    for part in ["ports", "startupProbe", "livenessProbe", "readinessProbe"] {
+        agent.remove(part);
+    }
+    let args = agent["args"].as_array_mut().unwrap();
+    args.push("--metrics-address=127.0.0.1:0".into());
+    args.push("--health-address=127.0.0.1:0".into());
+    pod
 }
 
 /// Pods of these objects, which go with the value.
@@ -53,7 +58,7 @@ impl<'a> Variants<'a> {
         variants
     }
 
-    fn delete(&self, wait: bool) {
+    pub(crate) fn delete(&self, wait: bool) {
         let wait = format!("--wait={wait}");
         let delete = [
             "-n",
