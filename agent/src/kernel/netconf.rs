@@ -19,8 +19,8 @@ use super::{
     sysctl,
 };
 use crate::plan::netns::{
-    Action, Family, HOLD_TABLE, Link, Observed, PROTOCOL, Route, RouteKind, Rule, Step, TURN_TABLE,
-    counts_as_own,
+    Action, Family, HOLD_TABLE, LOCAL_TABLE, Link, Observed, PROTOCOL, Route, RouteKind, Rule,
+    Step, TURN_TABLE, counts_as_own,
 };
 
 /// Reads the namespace the guard stands for.
@@ -240,7 +240,7 @@ fn from_route(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    let ours = matches!(route.table, TURN_TABLE | HOLD_TABLE)
+    let ours = matches!(route.table, TURN_TABLE | HOLD_TABLE | LOCAL_TABLE)
         && u8::from(message.header.protocol) == PROTOCOL;
     ours.then_some(route)
 }

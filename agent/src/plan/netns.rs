@@ -5,7 +5,7 @@
 
 mod show;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use culvert_ebpf::abi::mark;
 
@@ -23,7 +23,7 @@ pub const PROTOCOL_KERNEL: u8 = 2;
 const TEMPORARY_PREF: u32 = 2;
 /// Metric of the turn-round route without a source, for the moment in which the preferred one is gone.
 const FALLBACK_METRIC: u32 = 50;
-/// Metrics of the routes for sockets bound to a device: this plus the interface's index.
+/// Metrics of the routes for what names its interface: this plus the interface's index.
 const DEVICE_METRIC: u32 = 1000;
 const IPPROTO_TCP: u8 = 6;
 
@@ -75,12 +75,12 @@ pub enum RouteKind {
     Blackhole,
 }
 
-/// A route in one of our tables.
+/// A route of ours.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Route {
     /// Family.
     pub family: Family,
-    /// [`TURN_TABLE`] or [`HOLD_TABLE`].
+    /// [`TURN_TABLE`], [`HOLD_TABLE`] or [`LOCAL_TABLE`].
     pub table: u32,
     /// Kind.
     pub kind: RouteKind,
@@ -114,7 +114,7 @@ pub struct Observed {
     pub addresses: Vec<(u32, IpAddr)>,
     /// Rules of both families, in the kernel's order.
     pub rules: Vec<Rule>,
-    /// Routes in our tables.
+    /// Routes of ours.
     pub routes: Vec<Route>,
     /// Interfaces with a default route, in any table but ours.
     pub default_routes: Vec<u32>,
@@ -259,7 +259,9 @@ pub fn desired_routes(observed: &Observed) -> Vec<Route> {
         }
         for link in observed.links.iter().filter(|l| l.up && l.index != LO) {
             let source = v4_of(Some(link.index)).filter(|_| family == Family::V4);
-            routes.push(turn(family, link.index, DEVICE_METRIC + link.index, source));
+            let metric = DEVICE_METRIC + link.index;
+            routes.push(turn(family, link.index, metric, source));
+            routes.push(to_ztunnel(family, link.index, metric));
         }
     }
     if observed.ipv6 {
@@ -280,6 +282,23 @@ pub fn desired_routes(observed: &Observed) -> Vec<Route> {
         );
     }
     routes
+}
+
+/// A lookup may name the interface it leaves by, in the message or by a socket option, and no program sees that. Once its
+/// destination is ztunnel's address on loopback it would leave by that interface all the same, in plaintext and to nobody.
+fn to_ztunnel(family: Family, interface: u32, metric: u32) -> Route {
+    Route {
+        family,
+        table: LOCAL_TABLE,
+        kind: RouteKind::Local,
+        destination: Some(match family {
+            Family::V4 => Ipv4Addr::LOCALHOST.into(),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
+        }),
+        oif: Some(interface),
+        metric,
+        source: None,
+    }
 }
 
 /// Steps that make the namespace whole. Empty when it is.

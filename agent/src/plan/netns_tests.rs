@@ -125,8 +125,10 @@ fn enrolling_a_fresh_pod() {
 add route -4 local default dev #1 src 10.0.0.5 metric 49 table 15001
 add route -4 local default dev #1 metric 50 table 15001
 add route -4 local default dev #2 src 10.0.0.5 metric 1002 table 15001
+add route -4 local 127.0.0.1 dev #2 metric 1002 table local
 add route -6 local default dev #1 metric 50 table 15001
 add route -6 local default dev #2 metric 1002 table 15001
+add route -6 local ::1 dev #2 metric 1002 table local
 add route -6 blackhole fd00::5 metric 1024 table 15002
 add rule -4 pref 2 lookup local
 add rule -4 pref 0 fwmark 0x111/0xff5 lookup 15001

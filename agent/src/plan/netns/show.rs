@@ -52,7 +52,11 @@ impl fmt::Display for Route {
         if let Some(source) = self.source {
             write!(f, " src {source}")?;
         }
-        write!(f, " metric {} table {}", self.metric, self.table)
+        write!(f, " metric {} table ", self.metric)?;
+        match self.table {
+            LOCAL_TABLE => f.write_str("local"),
+            table => write!(f, "{table}"),
+        }
     }
 }
 

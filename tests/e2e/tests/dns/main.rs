@@ -6,6 +6,7 @@
 
 mod clients;
 mod governed;
+mod interface;
 mod seen;
 mod several;
 mod sockets;
