@@ -6,7 +6,7 @@
 use crate::addr::Addr;
 
 /// Version of everything in this file. Stored in [`Config`]; checked before any pin is reused.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Socket marks. Compared under [`mark::MASK`]: the other bits belong to whoever set them.
 pub mod mark {
@@ -263,8 +263,10 @@ pub struct Pod {
     pub answering_ifindexes: [u32; MAX_ANSWERING],
     /// The pod's address that captured lookups come from, one of each family; unspecified = left to the routes.
     pub lookup_sources: [Addr; 2],
+    /// Own addresses at which answers from several resolvers are told apart; unspecified ends the list.
+    pub answered_at: [Addr; MAX_ANSWERED_AT],
 }
-const _: () = assert!(size_of::<Pod>() == 112);
+const _: () = assert!(size_of::<Pod>() == 368);
 
 impl Pod {
     /// Traffic to this address is none of ours.
@@ -280,6 +282,9 @@ pub const MAX_VIRTUAL: usize = 8;
 
 /// Most interfaces with a default route that are remembered of one pod.
 pub const MAX_ANSWERING: usize = 8;
+
+/// Most own addresses of one pod at which a socket's answers from several resolvers are told apart.
+pub const MAX_ANSWERED_AT: usize = 16;
 
 /// Bits of [`Pod::flags`].
 pub mod pod_flags {

@@ -87,6 +87,13 @@ impl Addr {
             && self.words[3] == 0
     }
 
+    /// fe80::/10: means something on one link only.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_link_local(&self) -> bool {
+        u32::from_be(self.words[0]) >> 22 == 0xfe80 >> 6
+    }
+
     /// 224.0.0.0/4, 255.255.255.255 or ff00::/8.
     #[inline(always)]
     #[must_use]

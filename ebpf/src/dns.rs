@@ -8,7 +8,7 @@
 //!
 //! Pure functions; `lookup.rs` reads the context and the maps for them.
 
-use crate::abi::{ASKED_SLOTS, Asked};
+use crate::abi::{ASKED_SLOTS, Asked, MAX_ANSWERED_AT};
 use crate::addr::Addr;
 use crate::decide::Verdict;
 
@@ -51,6 +51,8 @@ pub trait LookupFacts {
     fn serves(&self) -> bool;
     /// The socket is connected, and not to ztunnel: it takes nobody's answers but its peer's.
     fn has_another_peer(&self) -> bool;
+    /// The resolver is one of a link, and the datagram says which: no program can give the answer's sender its link back.
+    fn loses_its_link(&self) -> bool;
     /// The pod is a resolver itself, and asks itself.
     fn resolver_is_own(&self) -> bool;
     /// The socket is bound to a device: it cannot reach ztunnel, which listens on loopback.
@@ -74,6 +76,7 @@ pub fn lookup(resolver: &Addr, facts: &impl LookupFacts) -> Lookup {
         || facts.serves()
         || facts.bound_to_device()
         || facts.has_another_peer()
+        || facts.loses_its_link()
         || !facts.captures()
         || facts.resolver_is_own()
         || facts.resolver_is_excluded()
@@ -98,46 +101,84 @@ pub const fn listener(v4: bool) -> Addr {
     }
 }
 
-/// The address that a socket takes datagrams at, as far as its answers can be told apart there.
+/// Is this one of a pod's addresses, as far as its list tells? A full list tells nothing of those that are not in it, and
+/// none tells of link-local ones.
+#[inline(always)]
+#[must_use]
+pub fn listed(own: &[Addr; MAX_ANSWERED_AT], addr: &Addr) -> Option<bool> {
+    for known in own {
+        if known.is_unspecified() {
+            return if addr.is_link_local() {
+                None
+            } else {
+                Some(false)
+            };
+        }
+        if known == addr {
+            return Some(true);
+        }
+    }
+    None
+}
+
+/// Would a datagram from ztunnel's port, with this source and destination, pass for an answer of ztunnel's? An unspecified
+/// source is chosen later, by the destination.
+#[inline(always)]
+#[must_use]
+pub fn passes_for_an_answer(source: &Addr, to: &Addr) -> bool {
+    if source.is_unspecified() {
+        to.is_loopback() || to.is_unspecified() || to.is_multicast()
+    } else {
+        slot_of(source).is_some()
+    }
+}
+
+/// Where a socket takes datagrams, as far as its answers can be told apart there.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reach {
-    /// Any of the namespace's.
+    /// At any of the namespace's addresses.
     Any,
-    /// It is bound to the address that the pod's lookups come from.
-    Source,
+    /// At one of the pod's, by its place in [`Pod::answered_at`](crate::abi::Pod).
+    Own(u8),
 }
 
 impl Reach {
-    /// Of a socket bound to this address, in a pod whose lookups come from `source`; none for one bound to another.
+    /// Of a socket bound to this address, in a pod that has these; none for one bound to another.
     #[inline(always)]
     #[must_use]
-    pub fn of(bound: &Addr, source: &Addr) -> Option<Self> {
+    pub fn of(bound: &Addr, own: &[Addr; MAX_ANSWERED_AT]) -> Option<Self> {
         if bound.is_unspecified() {
-            Some(Self::Any)
-        } else if bound == source {
-            Some(Self::Source)
-        } else {
-            None
+            return Some(Self::Any);
         }
+        for (place, addr) in own.iter().enumerate() {
+            if addr == bound {
+                return Some(Self::Own(place as u8));
+            }
+        }
+        None
     }
 }
 
 /// 127.53.0.0, to which a slot's number is added.
 const STAND_IN: u32 = 0x7f35_0000;
-/// Added for [`Reach::Source`].
-const TO_SOURCE: u32 = 0x100;
+/// 127.53.16.0, to which for [`Reach::Own`] the place is added as well, one step in the third number.
+const AT_OWN: u32 = STAND_IN | 0x1000;
+const PLACE_SHIFT: u32 = 8;
+/// A mask and not a bound: the verifier believes it wherever the compiler computes the place.
+const PLACES: u32 = MAX_ANSWERED_AT as u32 - 1;
+const _: () = assert!(MAX_ANSWERED_AT == 16 && ASKED_SLOTS <= 256);
 
-/// The address that stands for a slot, as the source of its queries and of their answers: 127.53.0.N, or 127.53.1.N for
-/// a socket bound to the pod's address; in IPv6 the same behind `::`, which no host has.
+/// The address that stands for a slot, as the source of its queries and of their answers: 127.53.0.N, or 127.53.P.N with
+/// P from 16 for a socket bound to an address of the pod's; in IPv6 the same behind `::`, which no host has.
 #[inline(always)]
 #[must_use]
 pub const fn stand_in(v4: bool, reach: Reach, slot: usize) -> Addr {
-    let reach = match reach {
-        Reach::Any => 0,
-        Reach::Source => TO_SOURCE,
+    let net = match reach {
+        Reach::Any => STAND_IN,
+        Reach::Own(place) => AT_OWN | (place as u32 & PLACES) << PLACE_SHIFT,
     };
-    let word = (STAND_IN | reach | (slot as u32 & 0xff)).to_be();
+    let word = (net | slot as u32 & 0xff).to_be();
     if v4 {
         Addr::v4(word)
     } else {
@@ -149,28 +190,36 @@ pub const fn stand_in(v4: bool, reach: Reach, slot: usize) -> Addr {
 #[inline(always)]
 #[must_use]
 pub const fn stands_for(addr: &Addr) -> Option<(Reach, usize)> {
-    let ours = addr.is_v4() || addr.words[0] == 0 && addr.words[1] == 0 && addr.words[2] == 0;
-    let word = u32::from_be(addr.words[3]);
-    if !ours || word & 0xffff_fe00 != STAND_IN {
+    if !addr.is_v4() && (addr.words[0] != 0 || addr.words[1] != 0 || addr.words[2] != 0) {
         return None;
     }
-    let reach = if word & TO_SOURCE == 0 {
+    let word = u32::from_be(addr.words[3]);
+    let reach = if word & 0xffff_ff00 == STAND_IN {
         Reach::Any
+    } else if word & 0xffff_f000 == AT_OWN {
+        Reach::Own((word >> PLACE_SHIFT & PLACES) as u8)
     } else {
-        Reach::Source
+        return None;
     };
     Some((reach, (word & 0xff) as usize))
 }
 
-/// Where an answer to a stand-in is delivered.
+/// Where an answer to a stand-in is delivered, in a pod that has these addresses.
 #[inline(always)]
 #[must_use]
-pub fn delivered_to(stand_in: &Addr, reach: Reach, source: &Addr) -> Addr {
+pub fn delivered_to(
+    stand_in: &Addr,
+    reach: Reach,
+    own: Option<&[Addr; MAX_ANSWERED_AT]>,
+) -> Option<Addr> {
     match reach {
-        Reach::Source => *source,
+        Reach::Own(place) => {
+            let addr = own?.get((u32::from(place) & PLACES) as usize)?;
+            (addr.is_v4() == stand_in.is_v4() && !addr.is_unspecified()).then_some(*addr)
+        }
         // All of 127.0.0.0/8 is local; of IPv6 but one address is.
-        Reach::Any if stand_in.is_v4() => *stand_in,
-        Reach::Any => listener(false),
+        Reach::Any if stand_in.is_v4() => Some(*stand_in),
+        Reach::Any => Some(listener(false)),
     }
 }
 

@@ -13,6 +13,7 @@ struct Answers {
     serves: bool,
     bound: bool,
     peer: bool,
+    link: bool,
     own: bool,
     excluded: bool,
     off: bool,
@@ -31,6 +32,9 @@ impl LookupFacts for Answers {
     }
     fn has_another_peer(&self) -> bool {
         self.peer
+    }
+    fn loses_its_link(&self) -> bool {
+        self.link
     }
     fn resolver_is_own(&self) -> bool {
         self.own
@@ -52,7 +56,7 @@ fn addr(text: &str) -> Addr {
 
 /// Every combination of facts.
 fn all() -> Vec<Answers> {
-    (0..=255_u8)
+    (0..=511_u16)
         .map(|n| Answers {
             ztunnel: n & 1 != 0,
             serves: n & 2 != 0,
@@ -62,6 +66,7 @@ fn all() -> Vec<Answers> {
             away: n & 32 != 0,
             bound: n & 64 != 0,
             peer: n & 128 != 0,
+            link: n & 256 != 0,
         })
         .collect()
 }
@@ -86,7 +91,8 @@ fn the_table_in_all_its_cases() {
             ("223.255.255.255", false),
             ("240.0.0.1", false),
         ] {
-            let left = near || f.serves || f.bound || f.peer || f.own || f.excluded || f.off;
+            let left =
+                near || f.serves || f.bound || f.peer || f.link || f.own || f.excluded || f.off;
             let wanted = match (f.ztunnel, left, f.away) {
                 (true, _, _) => Lookup::Ztunnel,
                 (false, true, _) => Lookup::Left,
@@ -115,46 +121,120 @@ fn each_verdict_has_a_number_of_its_own() {
     assert_eq!(numbers.len(), 8);
 }
 
+/// A pod's addresses, as many as it may have.
+fn own() -> [Addr; MAX_ANSWERED_AT] {
+    let mut own = [Addr::UNSPECIFIED; MAX_ANSWERED_AT];
+    for (n, place) in own.iter_mut().enumerate() {
+        *place = addr(&std::format!(
+            "{}{n}",
+            if n % 2 == 0 { "10.0.0." } else { "fd00::" }
+        ));
+    }
+    own
+}
+
 #[test]
 fn a_slot_is_found_again_from_the_address_that_stands_for_it() {
-    let own = [addr("10.0.0.5"), addr("fd00::5")];
-    for (v4, own) in [true, false].into_iter().zip(own) {
+    let own = own();
+    let bound = own.into_iter().map(|ip| (ip.is_v4(), ip));
+    let any = [(true, addr("0.0.0.0")), (false, addr("::"))];
+    for (v4, bound) in bound.chain(any) {
         assert_eq!(slot_of(&listener(v4)), Some(0));
         assert_eq!(stands_for(&listener(v4)), None);
-        for (reach, slot) in [Reach::Any, Reach::Source]
-            .into_iter()
-            .flat_map(|reach| (1..ASKED_SLOTS).map(move |slot| (reach, slot)))
-        {
+        let reach = Reach::of(&bound, &own).unwrap();
+        for slot in 1..ASKED_SLOTS {
             let stand_in = stand_in(v4, reach, slot);
             assert_eq!(stand_in.is_v4(), v4);
             assert_eq!(stands_for(&stand_in), Some((reach, slot)));
             assert_eq!(slot_of(&stand_in), Some(slot));
-            let near = delivered_to(&stand_in, reach, &own);
-            match reach {
-                Reach::Source => assert_eq!(near, own),
+            let near = delivered_to(&stand_in, reach, Some(&own)).unwrap();
+            if bound.is_unspecified() {
                 // An address that is local by itself.
-                Reach::Any => assert!(near.is_loopback()),
+                assert!(near.is_loopback());
+            } else {
+                assert_eq!(near, bound);
             }
         }
     }
-    let text = |reach| IpAddr::from(stand_in(true, reach, 3)).to_string();
-    assert_eq!(text(Reach::Any), "127.53.0.3");
-    assert_eq!(text(Reach::Source), "127.53.1.3");
-    for other in ["10.0.0.1", "127.0.0.2", "127.53.2.1", "::2", "fd00::7f35:1"] {
+    let text = |bound| {
+        let reach = Reach::of(&addr(bound), &own).unwrap();
+        IpAddr::from(stand_in(true, reach, 3)).to_string()
+    };
+    assert_eq!(text("0.0.0.0"), "127.53.0.3");
+    assert_eq!(text("10.0.0.0"), "127.53.16.3");
+    assert_eq!(text("10.0.0.14"), "127.53.30.3");
+    for other in [
+        "10.0.0.1",
+        "127.0.0.2",
+        "127.53.1.1",
+        "127.53.32.1",
+        "127.54.0.1",
+        "::2",
+        "fd00::7f35:1",
+    ] {
         assert_eq!(slot_of(&addr(other)), None, "{other}");
     }
 }
 
 #[test]
-fn answers_reach_sockets_bound_to_nothing_or_to_the_pods_address() {
-    let source = addr("10.0.0.5");
+fn answers_reach_sockets_bound_to_nothing_or_to_an_address_of_the_pods() {
+    let own = own();
     for any in ["::", "0.0.0.0"] {
-        assert_eq!(Reach::of(&addr(any), &source), Some(Reach::Any));
-        assert_eq!(Reach::of(&addr(any), &addr("::")), Some(Reach::Any));
+        assert_eq!(Reach::of(&addr(any), &own), Some(Reach::Any));
     }
-    assert_eq!(Reach::of(&source, &source), Some(Reach::Source));
-    assert_eq!(Reach::of(&addr("10.0.0.6"), &source), None);
-    assert_eq!(Reach::of(&source, &addr("::")), None);
+    assert_eq!(Reach::of(&addr("10.0.0.99"), &own), None);
+    let few = core::array::from_fn(|n| if n == 0 { own[0] } else { Addr::UNSPECIFIED });
+    for (place, v4, wanted) in [
+        (0, true, Some(own[0])),
+        // Of the other family; not there.
+        (0, false, None),
+        (1, true, None),
+    ] {
+        let to = stand_in(v4, Reach::Own(place), 1);
+        let (reach, _) = stands_for(&to).unwrap();
+        assert_eq!(delivered_to(&to, reach, Some(&few)), wanted, "{place}");
+        assert_eq!(delivered_to(&to, reach, None), None);
+    }
+}
+
+#[test]
+fn own_addresses_as_far_as_the_list_tells() {
+    let own = own();
+    assert_eq!(listed(&own, &own[15]), Some(true));
+    // It is full.
+    assert_eq!(listed(&own, &addr("10.0.0.99")), None);
+    let few = core::array::from_fn(|n| if n < 2 { own[n] } else { Addr::UNSPECIFIED });
+    assert_eq!(listed(&few, &own[1]), Some(true));
+    assert_eq!(listed(&few, &own[2]), Some(false));
+    assert_eq!(listed(&few, &addr("fe80::1")), None);
+    assert_eq!(listed(&few, &addr("febf::1")), None);
+    assert_eq!(listed(&few, &addr("fec0::1")), Some(false));
+}
+
+#[test]
+fn what_only_ztunnel_may_send_from_its_port() {
+    for (source, to, wanted) in [
+        ("127.0.0.1", "10.0.0.5", true),
+        ("127.53.0.3", "10.0.0.255", true),
+        ("127.53.16.3", "10.0.0.5", true),
+        ("::1", "fd00::5", true),
+        ("::127.53.0.3", "fd00::5", true),
+        // The routes would take 127.0.0.1, or ::1; for multicast it may have been chosen before.
+        ("::", "127.0.0.1", true),
+        ("::", "127.9.9.9", true),
+        ("::", "0.0.0.0", true),
+        ("::", "::1", true),
+        ("::", "239.1.1.1", true),
+        ("::", "ff02::1", true),
+        ("::", "10.0.0.5", false),
+        ("::", "fd00::5", false),
+        ("127.0.0.2", "127.0.0.1", false),
+        ("10.0.0.5", "127.0.0.1", false),
+        ("fd00::5", "::1", false),
+    ] {
+        let forged = passes_for_an_answer(&addr(source), &addr(to));
+        assert_eq!(forged, wanted, "{source} to {to}");
+    }
 }
 
 fn nothing() -> Asked {

@@ -25,7 +25,7 @@ use crate::{
     },
     maps,
     report::{count, decided_by},
-    sockaddr::{bound_to, peer, peer_port, set_peer, set_source, socket},
+    sockaddr::{bound_to, own_port, peer, peer_port, set_peer, set_source, socket, source},
 };
 
 const IPPROTO_UDP: u32 = 17;
@@ -37,6 +37,12 @@ const F_CREATE: u64 = 1;
 #[inline(always)]
 fn connected(sk: *mut bpf_sock) -> bool {
     field!(bpf_sock, sk, state) == TCP_ESTABLISHED
+}
+
+/// Has the socket ztunnel's mark?
+#[inline(always)]
+fn marked(sk: *mut bpf_sock) -> bool {
+    field!(bpf_sock, sk, mark) & mark::MASK == mark::ZTUNNEL
 }
 
 /// What the socket remembers; with `create`, from now on.
@@ -63,7 +69,7 @@ struct Facts<'a> {
 impl LookupFacts for Facts<'_> {
     #[inline(always)]
     fn is_ztunnel(&self) -> bool {
-        if field!(bpf_sock, self.sk, mark) & mark::MASK != mark::ZTUNNEL {
+        if !marked(self.sk) {
             return false;
         }
         if self.pod.flags & pod_flags::NAMED_ZTUNNEL == 0 || ztunnel_storage(self.sk, false) {
@@ -75,7 +81,7 @@ impl LookupFacts for Facts<'_> {
 
     #[inline(always)]
     fn serves(&self) -> bool {
-        field!(bpf_sock, self.sk, src_port) as u16 == port::DOMAIN
+        own_port(self.sk) == port::DOMAIN
     }
 
     #[inline(always)]
@@ -93,8 +99,14 @@ impl LookupFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn loses_its_link(&self) -> bool {
+        self.keeps_peer && self.resolver.is_link_local() && !connected(self.sk)
+    }
+
+    #[inline(always)]
     fn resolver_is_own(&self) -> bool {
-        is_own(self.cookie, self.resolver)
+        dns::listed(&self.pod.answered_at, &self.resolver)
+            .unwrap_or_else(|| is_own(self.cookie, self.resolver))
     }
 
     #[inline(always)]
@@ -149,8 +161,7 @@ fn ztunnel_listens(ctx: *mut bpf_sock_addr, v4: bool, named: bool) -> bool {
         return false;
     }
     // Anybody may bind a port beside ztunnel, or while it is away.
-    let marked = field!(bpf_sock, found, mark) & mark::MASK == mark::ZTUNNEL;
-    let known = marked && (!named || ztunnel_storage(found, false));
+    let known = marked(found) && (!named || ztunnel_storage(found, false));
     // SAFETY: the reference that the look-up returned, given back once.
     unsafe { bpf_sk_release(found.cast()) };
     known
@@ -168,7 +179,7 @@ impl Captured<'_> {
     /// The pod's address that its lookups come from; unspecified where the routes choose.
     #[inline(always)]
     fn source(&self) -> Addr {
-        source(self.pod, self.v4)
+        pods_source(self.pod, self.v4)
     }
 
     /// The pod's usual resolver: the one it asked first, this one if it has asked none.
@@ -201,7 +212,7 @@ fn usual(cookie: u64, v4: bool) -> Option<Addr> {
 }
 
 #[inline(always)]
-fn source(pod: &Pod, v4: bool) -> Addr {
+fn pods_source(pod: &Pod, v4: bool) -> Addr {
     let [source4, source6] = &pod.lookup_sources;
     if v4 { *source4 } else { *source6 }
 }
@@ -240,7 +251,7 @@ fn captured<'a>(
     let client = || FourTuple {
         src: bound_to(sk, v4),
         dst: resolver,
-        src_port: field!(bpf_sock, sk, src_port) as u16,
+        src_port: own_port(sk),
         dst_port: port::DOMAIN,
     };
     decided_by(cookie, lookup.verdict(v4), client, 0);
@@ -269,7 +280,7 @@ fn asks_ztunnel_itself(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock) {
 /// would be a loopback address, which stays when the socket connects again, and leads nowhere from there.
 #[inline(always)]
 fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, source: Addr) {
-    if field!(bpf_sock, sk, src_port) != 0 || source.is_unspecified() {
+    if own_port(sk) != 0 || source.is_unspecified() {
         return;
     }
     if V6 {
@@ -286,19 +297,45 @@ fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, sourc
     }
 }
 
+/// Somebody else than ztunnel sends from its port what whoever asked a resolver would take for an answer, under that
+/// resolver's name: without us nobody could do that without a raw socket.
+#[inline(always)]
+fn forges(ctx: *mut bpf_sock_addr, source: &Addr, to: &Addr) -> bool {
+    if !dns::passes_for_an_answer(source, to) {
+        return false;
+    }
+    let cookie = netns_cookie(ctx);
+    // SAFETY: the value is never read, only its presence.
+    if unsafe { maps::PODS.get(cookie) }.is_none() {
+        return false;
+    }
+    count(cookie, Verdict::Impostor);
+    true
+}
+
 /// `connect()` of a datagram socket.
 #[inline(always)]
 pub fn connect<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     let to_port = peer_port(ctx);
-    if to_port != port::DOMAIN && to_port != port::DNS {
+    let sk = socket(ctx);
+    let from_port = own_port(sk);
+    if to_port != port::DOMAIN && to_port != port::DNS && from_port != port::DNS {
         return 1;
     }
     if field!(bpf_sock_addr, ctx, protocol) != IPPROTO_UDP {
         return 1;
     }
-    let sk = socket(ctx);
+    if from_port == port::DNS && !marked(sk) {
+        let to = peer::<V6>(ctx);
+        if forges(ctx, &bound_to(sk, to.is_v4()), &to) {
+            return 0;
+        }
+    }
     if to_port == port::DNS {
         asks_ztunnel_itself(ctx, sk);
+        return 1;
+    }
+    if to_port != port::DOMAIN {
         return 1;
     }
     let Some(query) = captured(ctx, sk, peer::<V6>(ctx), false) else {
@@ -320,68 +357,77 @@ pub fn connect<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
 #[inline(always)]
 pub fn sendmsg<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     let to_port = peer_port(ctx);
+    let sk = socket(ctx);
+    if own_port(sk) == port::DNS {
+        if marked(sk) {
+            return answer::<V6>(ctx, to_port);
+        }
+        if forges(ctx, &source::<V6>(ctx), &peer::<V6>(ctx)) {
+            return 0;
+        }
+    }
     if to_port != port::DOMAIN {
-        other_port::<V6>(ctx, to_port);
+        // With a peer it said so at connect(). And the kernel itself names the peer here, for a socket of IPv6 whose peer
+        // is of IPv4.
+        if to_port == port::DNS && !connected(sk) {
+            asks_ztunnel_itself(ctx, sk);
+        }
         return 1;
     }
     if field!(bpf_sock_addr, ctx, protocol) != IPPROTO_UDP {
         return 1;
     }
-    let sk = socket(ctx);
     let Some(query) = captured(ctx, sk, peer::<V6>(ctx), true) else {
         return 1;
     };
-    let usual = query.usual();
-    match asked(sk, usual != Some(query.resolver)) {
-        Some(asked) => {
-            let reach = Reach::of(&bound_to(sk, query.v4), &query.source());
-            match reach.filter(|_| !connected(sk)) {
-                Some(reach) => {
-                    let slot = asked.one_of(&usual.unwrap_or(query.resolver), &query.resolver);
-                    if slot != 0 {
-                        set_source::<V6>(ctx, &dns::stand_in(query.v4, reach, slot));
-                    }
-                }
-                None => asked.only(&query.resolver),
-            }
-        }
-        None if usual == Some(query.resolver) => {}
-        None => return 1,
+    // A socket with a peer is answered under that one's name alone, and keeps what it noted when it connected.
+    if !connected(sk) && !remember::<V6>(ctx, sk, &query) {
+        return 1;
     }
     set_peer::<V6>(ctx, &dns::listener(query.v4), port::DNS);
     1
 }
 
-/// What concerns us of datagrams that are no lookups.
+/// Remembers whom a socket asks, and gives the query the source that tells its answer from others. False where there is
+/// no memory to remember it in.
 #[inline(always)]
-fn other_port<const V6: bool>(ctx: *mut bpf_sock_addr, to_port: u16) {
-    let sk = socket(ctx);
-    if to_port == port::DNS {
-        // With a peer it said so at connect(). And the kernel itself names the peer here, for a socket of IPv6 whose peer
-        // is of IPv4.
-        if !connected(sk) {
-            asks_ztunnel_itself(ctx, sk);
-        }
-        return;
+fn remember<const V6: bool>(
+    ctx: *mut bpf_sock_addr,
+    sk: *mut bpf_sock,
+    query: &Captured<'_>,
+) -> bool {
+    let usual = query.usual();
+    let is_usual = usual == Some(query.resolver);
+    let Some(asked) = asked(sk, !is_usual) else {
+        return is_usual;
+    };
+    let Some(reach) = Reach::of(&bound_to(sk, query.v4), &query.pod.answered_at) else {
+        asked.only(&query.resolver);
+        return true;
+    };
+    let slot = asked.one_of(&usual.unwrap_or(query.resolver), &query.resolver);
+    if slot != 0 {
+        set_source::<V6>(ctx, &dns::stand_in(query.v4, reach, slot));
     }
-    if field!(bpf_sock, sk, src_port) as u16 != port::DNS {
-        return;
-    }
-    // An answer of ztunnel's: it is to come from the address it goes to.
+    true
+}
+
+/// An answer of ztunnel's: one to an address that stands for a slot is to come from there.
+#[inline(always)]
+fn answer<const V6: bool>(ctx: *mut bpf_sock_addr, to_port: u16) -> i32 {
     let to = peer::<V6>(ctx);
     let Some((reach, _)) = dns::stands_for(&to) else {
-        return;
+        return 1;
     };
-    let mut near = Addr::UNSPECIFIED;
-    if reach == Reach::Source {
-        // SAFETY: entries are replaced whole; each field stands alone.
-        let Some(pod) = (unsafe { maps::PODS.get(netns_cookie(ctx)) }) else {
-            return;
-        };
-        near = source(pod, to.is_v4());
-    }
+    // SAFETY: entries are replaced whole; each field stands alone.
+    let pod = (reach != Reach::Any).then(|| unsafe { maps::PODS.get(netns_cookie(ctx)) });
+    let own = pod.flatten().map(|pod| &pod.answered_at);
+    let Some(near) = dns::delivered_to(&to, reach, own) else {
+        return 1;
+    };
     set_source::<V6>(ctx, &to);
-    set_peer::<V6>(ctx, &dns::delivered_to(&to, reach, &near), to_port);
+    set_peer::<V6>(ctx, &near, to_port);
+    1
 }
 
 /// A datagram that came, and whose sender is asked for; or a connected socket whose peer is.

@@ -40,6 +40,23 @@ pub fn set_peer<const V6: bool>(ctx: *mut bpf_sock_addr, addr: &Addr, port: u16)
     set_field!(bpf_sock_addr, ctx, user_port, 0, u32::from(port.to_be()));
 }
 
+/// The source that a datagram has so far; unspecified where the routes are to choose. Only in `sendmsg` hooks.
+#[inline(always)]
+pub fn source<const V6: bool>(ctx: *mut bpf_sock_addr) -> Addr {
+    if V6 {
+        return Addr::v6([
+            field!(bpf_sock_addr, ctx, msg_src_ip6, 0),
+            field!(bpf_sock_addr, ctx, msg_src_ip6, 4),
+            field!(bpf_sock_addr, ctx, msg_src_ip6, 8),
+            field!(bpf_sock_addr, ctx, msg_src_ip6, 12),
+        ]);
+    }
+    match field!(bpf_sock_addr, ctx, msg_src_ip4) {
+        0 => Addr::UNSPECIFIED,
+        word => Addr::v4(word),
+    }
+}
+
 /// Gives a datagram its source. Only in `sendmsg` hooks.
 #[inline(always)]
 pub fn set_source<const V6: bool>(ctx: *mut bpf_sock_addr, addr: &Addr) {
@@ -58,6 +75,12 @@ pub fn set_source<const V6: bool>(ctx: *mut bpf_sock_addr, addr: &Addr) {
 pub fn socket(ctx: *mut bpf_sock_addr) -> *mut bpf_sock {
     // SAFETY: one load of a context field, which the verifier checks.
     unsafe { (*ctx).__bindgen_anon_1.sk }
+}
+
+/// The socket's own port.
+#[inline(always)]
+pub fn own_port(sk: *mut bpf_sock) -> u16 {
+    field!(bpf_sock, sk, src_port) as u16
 }
 
 /// The address the socket is bound to.

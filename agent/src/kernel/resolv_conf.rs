@@ -19,6 +19,11 @@ use super::{error::Result, netns::Netns, procfs};
 /// Longer files are nobody's `resolv.conf`.
 const LONGEST: u64 = 64 * 1024;
 
+/// The first of one file that count; the C libraries stop at three.
+const MOST_OF_ONE: usize = 16;
+/// Those of one pod that count. All pods share a map, and its processes may have as many roots as they like.
+const MOST: usize = 64;
+
 /// The resolvers of all processes in the namespace, sorted; empty while there is no process, or none with such a file.
 pub fn of(netns: &Netns) -> Result<Vec<IpAddr>> {
     let of_one = of_each(&[netns])?.into_values().next();
@@ -38,7 +43,7 @@ pub fn of_each(wanted: &[&Netns]) -> Result<BTreeMap<(u64, u64), Vec<IpAddr>>> {
             continue;
         }
         match read(&format!("/proc/{pid}/root")) {
-            Ok(text) => found.entry(inside).or_default().extend(nameservers(&text)),
+            Ok(text) => add(found.entry(inside).or_default(), nameservers(&text)),
             // It ended, or has none.
             Err(error) if procfs::vanished(&error) => {}
             Err(error) => tracing::debug!(pid, %error, "reading a pod's resolv.conf"),
@@ -46,10 +51,18 @@ pub fn of_each(wanted: &[&Netns]) -> Result<BTreeMap<(u64, u64), Vec<IpAddr>>> {
     }
     for resolvers in found.values_mut() {
         resolvers.sort_unstable();
-        resolvers.dedup();
     }
     found.retain(|_, resolvers| !resolvers.is_empty());
     Ok(found)
+}
+
+/// Adds what one file names, as far as there is room.
+fn add(resolvers: &mut Vec<IpAddr>, named: impl Iterator<Item = IpAddr>) {
+    for resolver in named.take(MOST_OF_ONE) {
+        if resolvers.len() < MOST && !resolvers.contains(&resolver) {
+            resolvers.push(resolver);
+        }
+    }
 }
 
 fn read(root: &str) -> io::Result<String> {
@@ -90,6 +103,25 @@ mod tests {
                     nameserver fe80::1%eth0\nnameservers 9.9.9.9\nnameserver\nnameserver x\noptions ndots:5\n";
         let found: Vec<_> = nameservers(text).map(|ip| ip.to_string()).collect();
         assert_eq!(found, ["10.96.0.10", "fd00::a", "fe80::1"]);
+    }
+
+    #[test]
+    fn a_pod_that_names_thousands_gets_a_few() {
+        let of = |file: u8| {
+            let lines = (0..=255).map(move |n| format!("nameserver 10.0.{file}.{n}\n"));
+            lines.collect::<String>()
+        };
+        let mut resolvers = Vec::new();
+        for file in [0, 0, 1] {
+            add(&mut resolvers, nameservers(&of(file)));
+        }
+        let named: Vec<_> = resolvers.iter().map(ToString::to_string).collect();
+        assert_eq!(named.len(), 2 * MOST_OF_ONE);
+        assert_eq!((&*named[0], &*named[16]), ("10.0.0.0", "10.0.1.0"));
+        for file in 2..=255 {
+            add(&mut resolvers, nameservers(&of(file)));
+        }
+        assert_eq!(resolvers.len(), MOST);
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use culvert_ebpf::{
     abi::{
-        CidrKey, LISTENER_SLOTS, ListenerKey, MAX_ANSWERING, MAX_VIRTUAL, Pod, PodAddr, PortKey,
-        RoleKey, pod_flags, role,
+        CidrKey, LISTENER_SLOTS, ListenerKey, MAX_ANSWERED_AT, MAX_ANSWERING, MAX_VIRTUAL, Pod,
+        PodAddr, PortKey, RoleKey, pod_flags, role,
     },
     addr::Addr,
 };
@@ -55,7 +55,8 @@ pub(super) fn pod_entry(policy: &Policy, observed: &Observed) -> Pod {
         hold,
         virtual_ifindexes: [0; MAX_VIRTUAL],
         answering_ifindexes: [0; MAX_ANSWERING],
-        lookup_sources: [Addr::v6([0; 4]); 2],
+        lookup_sources: [Addr::UNSPECIFIED; 2],
+        answered_at: [Addr::UNSPECIFIED; MAX_ANSWERED_AT],
     };
     set_interfaces(&mut pod, observed, &policy.virtual_interfaces);
     pod
@@ -79,9 +80,15 @@ pub(super) fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfa
             *on == pod.single_ifindex && ip.is_ipv4() == v4 && !is_link_local(*ip)
         };
         let found = observed.addresses.iter().find(fits);
-        found.map_or(Addr::v6([0; 4]), |(_, ip)| Addr::from(*ip))
+        found.map_or(Addr::UNSPECIFIED, |(_, ip)| Addr::from(*ip))
     };
     pod.lookup_sources = [source(true), source(false)];
+    pod.answered_at = [Addr::UNSPECIFIED; MAX_ANSWERED_AT];
+    // A socket bound to a link-local address is bound to its device as well, and not captured.
+    let own = observed.own().into_iter().filter(|ip| !is_link_local(*ip));
+    for (place, ip) in pod.answered_at.iter_mut().zip(own) {
+        *place = ip.into();
+    }
     if pod.single_ifindex == 0 {
         pod.flags |= pod_flags::MULTI_INTERFACE;
     }

@@ -2,14 +2,14 @@
 //! program sees it, so the routes have to bring them to ztunnel all the same.
 
 use std::io::IoSlice;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::AsRawFd as _;
 
-use culvert_e2e::dns::{bound, question, receive};
+use culvert_e2e::dns::{Resolver, ask_connected, bound, question, receive};
 use culvert_lab::{Capture, Family, Protocol};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
-use crate::{BY_ZTUNNEL, Stage, nobody};
+use crate::{BY_RESOLVER, BY_ZTUNNEL, Stage, nobody};
 
 /// One question that names its interface and, if wanted, its source.
 fn ask_by(interface: u32, source: Option<IpAddr>, socket: &UdpSocket, to: SocketAddr, id: u16) {
@@ -106,4 +106,27 @@ fn lookups_that_name_their_interface() {
         (7, 7)
     );
     none_left(&capture);
+}
+
+#[test]
+fn a_resolver_of_one_link_is_asked_itself_unless_the_socket_is_connected() {
+    let stage = Stage::captured("dns-link").unwrap();
+    let node = stage.mesh.lab.node();
+    let _resolver = Resolver::start(node, Ipv6Addr::UNSPECIFIED.into(), BY_RESOLVER).unwrap();
+    let link = stage.pod.ifindex(stage.pod.ifname()).unwrap();
+    let resolver = SocketAddrV6::new(node.link_local("br0").unwrap(), 53, 0, link).into();
+    // No program can write the link into the address that an answer is from, and strict clients look at it.
+    stage.pod.run(|| {
+        let socket = bound(resolver).unwrap();
+        socket.send_to(&question(1, "mesh.test"), resolver).unwrap();
+        assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_RESOLVER)));
+    });
+    assert_eq!(
+        ask_connected(&stage.pod, resolver, "mesh.test").unwrap(),
+        BY_ZTUNNEL
+    );
+    assert_eq!(
+        (stage.count("to_dns_udp6"), stage.count("dns_left_udp6")),
+        (1, 1)
+    );
 }

@@ -5,8 +5,10 @@
 )]
 
 mod clients;
+mod forged;
 mod governed;
 mod interface;
+mod many;
 mod seen;
 mod several;
 mod sockets;

@@ -63,9 +63,67 @@ fn bound_to_the_pods_address_on_both_families() {
     for family in Family::BOTH {
         let resolvers = resolvers(&stage, family);
         stage.pod.run(|| {
-            let socket = UdpSocket::bind(stage.pod.at(family, 0).unwrap()).unwrap();
-            socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
-            every_answer_has_its_own_name(&socket, &resolvers);
+            let own = stage.pod.at(family, 0).unwrap();
+            every_answer_has_its_own_name(&bound_to(own), &resolvers);
+        });
+    }
+}
+
+/// A socket bound to an address of the pod's.
+fn bound_to(addr: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(addr).unwrap();
+    socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+    socket
+}
+
+#[test]
+fn bound_to_any_of_the_pods_addresses_on_one_interface_and_on_two() {
+    let stage = Stage::open("dns-sev-second").unwrap();
+    let mut own: Vec<IpAddr> = Family::BOTH.map(|family| stage.pod_ip(family)).to_vec();
+    for (interface, nets) in [
+        ("eth0", ["10.77.200.1/16", "fd77::200:1/64"]),
+        ("net1", ["10.99.0.2/24", "fd99::2/64"]),
+    ] {
+        if interface != stage.pod.ifname() {
+            stage.mesh.lab.add_interface(&stage.pod, interface).unwrap();
+        }
+        for net in nets {
+            let net: ipnet::IpNet = net.parse().unwrap();
+            stage.pod.add_addr(interface, net).unwrap();
+            own.push(net.addr());
+        }
+        stage.enrol(&["--dns"]).unwrap();
+        stage.pod.run(|| {
+            for ip in &own {
+                let family = if ip.is_ipv4() { Family::V4 } else { Family::V6 };
+                let resolvers = resolvers(&stage, family);
+                every_answer_has_its_own_name(&bound_to((*ip, 0).into()), &resolvers);
+            }
+            // The same port on each, at once: answers go to the socket that asked.
+            let all: Vec<(UdpSocket, Vec<SocketAddr>)> = own
+                .iter()
+                .map(|ip| {
+                    let family = if ip.is_ipv4() { Family::V4 } else { Family::V6 };
+                    (bound_to((*ip, 5300).into()), resolvers(&stage, family))
+                })
+                .collect();
+            for (id, (socket, resolvers)) in (0..).zip(&all) {
+                for to in resolvers {
+                    socket.send_to(&question(id, "mesh.test"), to).unwrap();
+                }
+            }
+            for (id, (socket, resolvers)) in (0..).zip(&all) {
+                let mut from: Vec<SocketAddr> = Vec::new();
+                for _ in resolvers {
+                    let (answered, answer) = receive(socket).unwrap();
+                    assert_eq!(answer, (id, BY_ZTUNNEL));
+                    from.push(answered);
+                }
+                from.sort_unstable();
+                let mut asked = resolvers.clone();
+                asked.sort_unstable();
+                assert_eq!(from, asked);
+            }
         });
     }
 }
