@@ -57,21 +57,33 @@ pub const ROLE_NAMES: [&str; role::COUNT as usize] =
 pub fn registered(node: &Node, netns: &Netns) -> Result<Vec<(u32, u32, u64)>> {
     let mut found = Vec::new();
     for role in 0..role::COUNT {
-        for slot in 0..LISTENER_SLOTS {
-            let key = ListenerKey {
-                cookie: netns.cookie().0,
-                role,
-                slot,
-            };
-            found.extend(
-                node.maps()
-                    .listeners
-                    .get(&key)?
-                    .map(|cookie| (role, slot, cookie)),
-            );
-        }
+        found.extend(registered_as(node, netns, role)?);
     }
     Ok(found)
+}
+
+fn registered_as(node: &Node, netns: &Netns, role: u32) -> Result<Vec<(u32, u32, u64)>> {
+    let mut found = Vec::new();
+    for slot in 0..LISTENER_SLOTS {
+        let key = ListenerKey {
+            cookie: netns.cookie().0,
+            role,
+            slot,
+        };
+        let socket = node.maps().listeners.get(&key)?;
+        found.extend(socket.map(|cookie| (role, slot, cookie)));
+    }
+    Ok(found)
+}
+
+/// Does the kernel know those that a pod cannot be without?
+pub fn complete(node: &Node, netns: &Netns) -> Result<bool> {
+    for role in [role::OUTBOUND, role::INBOUND] {
+        if registered_as(node, netns, role)?.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Enters listeners of process `pid` in the pod that are not registered; returns how many. Its datagram sockets are

@@ -42,6 +42,7 @@ pub(super) struct Heard {
 /// An rtnetlink socket of the namespace it was opened in.
 pub(super) struct Rtnetlink {
     socket: Socket,
+    port: u32,
     sequence: u32,
 }
 
@@ -61,7 +62,7 @@ impl Rtnetlink {
     /// Opens one in the calling thread's namespace.
     pub(super) fn open() -> Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
-        socket.bind_auto().map_err(fail("bind"))?;
+        let port = socket.bind_auto().map_err(fail("bind"))?.port_number();
         socket
             .connect(&SocketAddr::new(0, 0))
             .map_err(fail("connect"))?;
@@ -70,6 +71,7 @@ impl Rtnetlink {
             .map_err(|e| fail("configure")(e.into()))?;
         Ok(Self {
             socket,
+            port,
             sequence: 0,
         })
     }
@@ -84,7 +86,7 @@ impl Rtnetlink {
         const IPV6_ROUTE: u32 = 11;
         const IPV6_RULE: u32 = 19;
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(fail("open"))?;
-        socket.bind_auto().map_err(fail("bind"))?;
+        let port = socket.bind_auto().map_err(fail("bind"))?.port_number();
         for group in [
             LINK,
             IPV4_ADDRESS,
@@ -99,17 +101,25 @@ impl Rtnetlink {
         socket.set_non_blocking(true).map_err(fail("configure"))?;
         Ok(Self {
             socket,
+            port,
             sequence: 0,
         })
     }
 
-    /// Reads away what a subscription brought; none when there was nothing.
-    pub(super) fn drain(&self) -> Option<Heard> {
+    /// The kernel's number for it: changes made through it are told with this.
+    pub(super) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Reads away what a subscription brought; none when there was nothing, or nothing but what was done through the
+    /// socket of port `own`.
+    pub(super) fn drain(&self, own: Option<u32>) -> Option<Heard> {
         let mut heard: Option<Heard> = None;
         let mut buffer = Vec::with_capacity(8192);
         loop {
             buffer.clear();
             match self.socket.recv(&mut buffer, 0) {
+                Ok(_) if own.is_some() && author(&buffer) == own => {}
                 Ok(_) => {
                     heard.get_or_insert_default().interfaces |= concerns_interfaces(&buffer);
                 }
@@ -214,46 +224,59 @@ impl Rtnetlink {
 
     fn apply_chunk(&mut self, changes: &[Change]) -> Result<()> {
         let mut out = Vec::new();
-        let mut pending = std::collections::HashMap::new();
-        for change in changes {
-            let (payload, flags, done) = match change {
-                Change::Add(m) => (m, NLM_F_CREATE | NLM_F_EXCL, libc::EEXIST),
-                Change::Replace(m) => (m, NLM_F_CREATE | NLM_F_REPLACE, 0),
-                Change::Delete(m) => (m, 0, libc::ENOENT),
+        let before = self.sequence;
+        for (left, change) in changes
+            .iter()
+            .enumerate()
+            .map(|(i, c)| (changes.len() - i, c))
+        {
+            let (payload, flags) = match change {
+                Change::Add(m) => (m, NLM_F_CREATE | NLM_F_EXCL),
+                Change::Replace(m) => (m, NLM_F_CREATE | NLM_F_REPLACE),
+                Change::Delete(m) => (m, 0),
             };
-            let message = self.message(payload.clone(), flags | NLM_F_ACK);
+            // What fails is told anyway; the last one's answer tells that all have been tried.
+            let ack = if left == 1 { NLM_F_ACK } else { 0 };
+            let message = self.message(payload.clone(), flags | ack);
             let start = out.len();
             out.resize(start + message.buffer_len().next_multiple_of(4), 0);
             message.serialize(&mut out[start..]);
-            pending.insert(message.header.sequence_number, (done, change));
         }
         if out.is_empty() {
             return Ok(());
         }
         self.socket.send(&out, 0).map_err(fail("send to"))?;
         let mut first = None;
-        while !pending.is_empty() {
+        loop {
             let buffer = self.receive()?;
             for message in messages(&buffer)? {
-                let Some((done, change)) = pending.remove(&message.header.sequence_number) else {
-                    continue;
-                };
+                let sequence = message.header.sequence_number;
                 let NetlinkPayload::Error(ack) = message.payload else {
                     continue;
                 };
-                let cause = ack.to_io();
-                let code = cause.raw_os_error().unwrap_or(0);
-                // Routes that are gone answer ESRCH.
-                let fine = ack.code.is_none()
-                    || code == done
-                    || matches!(change, Change::Delete(_))
-                        && matches!(code, libc::ESRCH | libc::ENODEV);
-                if !fine && first.is_none() {
-                    first = Some(Error::system("change", describe(change), cause));
+                let number = sequence.checked_sub(before + 1).map(|n| n as usize);
+                let Some(change) = number.and_then(|n| changes.get(n)) else {
+                    continue;
+                };
+                if ack.code.is_some() && !done_already(change, &ack.to_io()) && first.is_none() {
+                    first = Some(Error::system("change", describe(change), ack.to_io()));
+                }
+                if sequence == self.sequence {
+                    return first.map_or(Ok(()), Err);
                 }
             }
         }
-        first.map_or(Ok(()), Err)
+    }
+}
+
+/// Whether a change failed because things are as it would have them.
+fn done_already(change: &Change, cause: &io::Error) -> bool {
+    let code = cause.raw_os_error().unwrap_or(0);
+    match change {
+        Change::Add(_) => code == libc::EEXIST,
+        Change::Replace(_) => false,
+        // Routes that are gone answer ESRCH.
+        Change::Delete(_) => matches!(code, libc::ENOENT | libc::ESRCH | libc::ENODEV),
     }
 }
 
@@ -272,6 +295,12 @@ fn describe(change: &Change) -> String {
         }
         other => format!("{other:?}"),
     }
+}
+
+/// Whose change a message tells of; each comes by itself.
+fn author(message: &[u8]) -> Option<u32> {
+    let port = message.get(12..16)?;
+    port.try_into().ok().map(u32::from_ne_bytes)
 }
 
 /// Is any message of these about a link or an address?

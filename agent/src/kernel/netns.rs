@@ -92,7 +92,7 @@ impl Netns {
                 Some(libc::EINVAL) => not_netns(),
                 _ => e,
             })?;
-            current_cookie()?
+            here()?
         };
         Ok(netns)
     }
@@ -179,7 +179,7 @@ impl Drop for Guard<'_> {
 }
 
 /// Cookie of the calling thread's namespace.
-fn current_cookie() -> Result<NetnsCookie> {
+pub(super) fn here() -> Result<NetnsCookie> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let fail = |e| {
         Error::system("read the cookie of", "a network namespace", e)

@@ -16,8 +16,8 @@ use std::{
 
 use nix::{fcntl, sys::stat::Mode};
 
-/// Opens a file below `/proc` for writing, by way of a mount that is attached nowhere.
-pub(super) fn open_for_writing(path: &Path) -> io::Result<File> {
+/// Opens a file below `/proc` to read and to write, by way of a mount that is attached nowhere.
+pub(super) fn open(path: &Path) -> io::Result<File> {
     static MOUNT: OnceLock<OwnedFd> = OnceLock::new();
     let mount = match MOUNT.get() {
         Some(mount) => mount,
@@ -29,7 +29,7 @@ pub(super) fn open_for_writing(path: &Path) -> io::Result<File> {
     let below = path
         .strip_prefix("/proc")
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let flags = fcntl::OFlag::O_WRONLY | fcntl::OFlag::O_CLOEXEC;
+    let flags = fcntl::OFlag::O_RDWR | fcntl::OFlag::O_CLOEXEC;
     let fd = fcntl::openat(mount, below, flags, Mode::empty())?;
     Ok(File::from(fd))
 }

@@ -23,13 +23,14 @@ pub(super) use sync::{sync, sync_sysctls, virtual_names};
 
 use super::{
     dns,
+    ears::Ears,
     error::{Error, Result},
     listeners, netconf,
     netlink::Rtnetlink,
-    netns::{Netns, NetnsCookie},
+    netns::{self, Netns, NetnsCookie},
     node::Node,
     object::ATTACH_SK_LOOKUP,
-    pins, resolv_conf, sys, sysctl,
+    pins, resolv_conf, sys,
 };
 use crate::plan::netns as plan;
 use entries::{pod_entry, set_addresses, set_exclusions, set_resolvers};
@@ -155,10 +156,15 @@ pub enum Detached {
 
 /// Enrols the namespace, or makes an enrolled one be as asked.
 pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
+    attach_and_listen(node, netns, policy).map(|(attached, _)| attached)
+}
+
+/// Like [`attach`]. The ears hear whatever the pod has done since it was looked at.
+pub fn attach_and_listen(node: &Node, netns: &Netns, policy: &Policy) -> Result<(Attached, Ears)> {
     let cookie = netns.cookie();
     policy.check()?;
     let config = node.config()?;
-    if cookie.0 == config.node_cookie || Netns::current()?.cookie() == cookie {
+    if cookie.0 == config.node_cookie || netns::here()? == cookie {
         return Err(Error::wrong(
             "enrol",
             netns.path().display(),
@@ -181,17 +187,18 @@ pub fn attach(node: &Node, netns: &Netns, policy: &Policy) -> Result<Attached> {
             tracing::warn!(%cookie, %error, "rolling back a failed attach");
         }
     }
-    result?;
-    Ok(if fresh {
+    let attached = if fresh {
         Attached::Enrolled
     } else {
         Attached::Updated
-    })
+    };
+    Ok((attached, result?))
 }
 
-fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()> {
+fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<Ears> {
     let cookie = netns.cookie();
     let guard = netns.enter()?;
+    let mut ears = Ears::open(&guard)?;
     if !known {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -202,7 +209,7 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
                 netns_inode: netns.inode(),
                 netns_dev: netns.dev(),
                 enrolled_at: now.as_secs(),
-                sysctls: sysctl::read_all(&guard)?,
+                sysctls: ears.sysctls.values(),
                 pad: 0,
             },
         )?;
@@ -211,6 +218,7 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
     node.maps().counters.ensure(cookie.0)?;
     ensure_role(node, cookie)?;
     let mut netlink = Rtnetlink::open()?;
+    ears.ignore(&netlink);
     let mut observed = netconf::observe(&guard, &mut netlink)?;
     if !policy.ipv6 {
         observed = observed.ipv4_alone();
@@ -220,7 +228,7 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
         &mut netlink,
         &plan::enrol(&observed, &policy.virtual_interfaces),
     )?;
-    sysctl::set_all(&guard)?;
+    ears.sysctls.set_all(&guard)?;
     if node.maps().pods.get(&cookie.0)?.is_none() {
         let freed = listeners::free(&guard)?;
         if freed > 0 {
@@ -240,7 +248,7 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<()>
     if before.is_some_and(|before| captured(&before)) && !captured(&pod) {
         release::strays(cookie, &netns.enter()?);
     }
-    Ok(())
+    Ok(ears)
 }
 
 fn ensure_link(node: &Node, netns: &Netns) -> Result<()> {

@@ -47,7 +47,7 @@ fn read(path: &str) -> Result<u8> {
 }
 
 fn write(path: &str, value: u8) -> Result<()> {
-    let written = open_for_writing(path).and_then(|mut file| write!(file, "{value}"));
+    let written = open(path).and_then(|mut file| write!(file, "{value}"));
     written.map_err(|e| {
         let readonly = e.raw_os_error() == Some(libc::EROFS);
         let error = Error::system("write", path, e);
@@ -59,26 +59,17 @@ fn write(path: &str, value: u8) -> Result<()> {
     })
 }
 
-/// In a container `/proc/sys` is read-only; then by way of a procfs of our own.
-pub(super) fn open_for_writing(path: &str) -> io::Result<File> {
-    match File::options().write(true).open(path) {
+/// To read and to write. In a container `/proc/sys` is read-only; then by way of a procfs of our own.
+fn open(path: &str) -> io::Result<File> {
+    match File::options().read(true).write(true).open(path) {
         Err(readonly) if readonly.raw_os_error() == Some(libc::EROFS) => {
-            own_proc::open_for_writing(Path::new(path)).map_err(|why| {
+            own_proc::open(Path::new(path)).map_err(|why| {
                 tracing::debug!(%why, "no procfs of our own");
                 readonly
             })
         }
         result => result,
     }
-}
-
-/// The present values, to be kept in the pod's record.
-pub(super) fn read_all(_guard: &Guard<'_>) -> Result<[u8; 4]> {
-    let mut values = [NO_SYSCTL; 4];
-    for (value, path) in values.iter_mut().zip(OURS) {
-        *value = read(path)?;
-    }
-    Ok(values)
 }
 
 /// Sets what is there and not set; returns which.
@@ -100,40 +91,69 @@ pub(super) fn restore(_guard: &Guard<'_>, record: &Record) -> Result<()> {
     Ok(())
 }
 
-/// The sysctls of one namespace, held open: reading them again takes neither a path nor a change of namespace.
+/// The sysctls of one namespace, held open: using them again takes neither a path nor a change of namespace.
 #[derive(Debug)]
-pub(super) struct Held(Vec<File>);
+pub(super) struct Held([Option<File>; OURS.len()]);
 
 impl Held {
-    /// Opens them.
+    /// Opens those that are there.
     pub(super) fn open(_guard: &Guard<'_>) -> Result<Self> {
-        let mut files = Vec::with_capacity(OURS.len());
-        for path in OURS {
-            match File::open(path) {
-                Ok(file) => files.push(file),
+        let mut held = [const { None }; OURS.len()];
+        for (file, path) in held.iter_mut().zip(OURS) {
+            // What is set already need not be written.
+            match open(path).or_else(|_| File::open(path)) {
+                Ok(open) => *file = Some(open),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(e) => return Err(Error::system("open", path, e)),
             }
         }
-        Ok(Self(files))
+        Ok(Self(held))
+    }
+
+    /// The present values, to be kept in the pod's record. One that cannot be read counts as missing.
+    pub(super) fn values(&self) -> [u8; 4] {
+        let mut values = [NO_SYSCTL; 4];
+        for (value, file) in values.iter_mut().zip(&self.0) {
+            let mut text = [0; 4];
+            let read = file.as_ref().and_then(|f| f.read_at(&mut text, 0).ok());
+            let text = read.and_then(|n| std::str::from_utf8(&text[..n]).ok());
+            *value = text
+                .and_then(|t| t.trim().parse().ok())
+                .unwrap_or(NO_SYSCTL);
+        }
+        values
+    }
+
+    /// Sets what is not set.
+    pub(super) fn set_all(&self, _guard: &Guard<'_>) -> Result<()> {
+        for ((file, path), value) in self.0.iter().zip(OURS).zip(self.values()) {
+            if let Some(file) = file
+                && value != 1
+                && file.write_all_at(b"1", 0).is_err()
+            {
+                write(path, 1)?;
+            }
+        }
+        Ok(())
     }
 
     /// All of them are set. One that cannot be read counts as not: whoever looks closer will say why.
     pub(super) fn all_set(&self) -> bool {
-        self.0.iter().all(|file| {
-            let mut value = [0; 1];
-            file.read_at(&mut value, 0).is_ok() && value == *b"1"
-        })
+        let values = self.values();
+        self.0
+            .iter()
+            .zip(values)
+            .all(|(file, value)| file.is_none() || value == 1)
     }
 }
 
 /// Names of those that are not as they have to be.
-pub(super) fn wrong(guard: &Guard<'_>) -> Result<Vec<&'static str>> {
-    let values = read_all(guard)?;
-    Ok(OURS
-        .into_iter()
-        .zip(values)
-        .filter(|(_, v)| !matches!(*v, 1 | NO_SYSCTL))
-        .map(|(path, _)| path)
-        .collect())
+pub(super) fn wrong(_guard: &Guard<'_>) -> Result<Vec<&'static str>> {
+    let mut wrong = Vec::new();
+    for path in OURS {
+        if !matches!(read(path)?, 1 | NO_SYSCTL) {
+            wrong.push(path);
+        }
+    }
+    Ok(wrong)
 }

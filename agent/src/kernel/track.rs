@@ -21,11 +21,12 @@ pub use rescan::{Rescanner, Round};
 pub use thread::Tracker;
 
 use super::{
+    ears::Ears,
     error::{Error, Result},
-    netlink::{Heard, Rtnetlink},
+    netlink::Heard,
     netns::{Netns, NetnsCookie},
     node::Node,
-    pod, process, sysctl,
+    pod, process,
     verify::Repair,
 };
 
@@ -85,22 +86,11 @@ struct Watched {
     pause: Duration,
 }
 
-/// What tells of a pod's changes.
-#[derive(Debug)]
-struct Ears {
-    changes: Rtnetlink,
-    sysctls: sysctl::Held,
-}
-
 impl Watched {
     /// Subscribes where that is still to be done, and brings the pod up to date; none when it is not enrolled.
     fn answer(&mut self, node: &Node, heard: Heard) -> Result<Option<pod::Synced>> {
         if self.ears.is_none() {
-            let inside = self.netns.enter()?;
-            self.ears = Some(Ears {
-                changes: Rtnetlink::subscribe()?,
-                sysctls: sysctl::Held::open(&inside)?,
-            });
+            self.ears = Some(Ears::open(&self.netns.enter()?)?);
         }
         pod::sync(node, &self.netns, heard)
     }
@@ -132,12 +122,16 @@ impl Watchlist {
         }
     }
 
-    /// Takes a pod up. [`Watchlist::answer`] subscribes, and looks for what changed before.
-    fn add(&mut self, netns: Arc<Netns>) {
+    /// Takes a pod up. Without ears [`Watchlist::answer`] subscribes, and looks for what changed before.
+    fn add(&mut self, netns: Arc<Netns>, ears: Option<Ears>) {
+        let due = match ears {
+            Some(_) => None,
+            None => Some(Heard { interfaces: true }),
+        };
         let watched = Watched {
             netns,
-            ears: None,
-            due: Some(Heard { interfaces: true }),
+            ears,
+            due,
             not_before: Instant::now(),
             pause: FIRST_PAUSE,
         };
@@ -170,7 +164,7 @@ impl Watchlist {
         let mut fds: Vec<PollFd<'_>> = listening
             .iter()
             .filter_map(|cookie| self.pods.get(cookie)?.ears.as_ref())
-            .map(|ears| ears.changes.as_fd())
+            .map(Ears::as_fd)
             .chain(wake)
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
             .collect();
@@ -189,7 +183,7 @@ impl Watchlist {
         drop(fds);
         for (cookie, _) in listening.iter().zip(ready).filter(|(_, ready)| *ready) {
             if let Some(watched) = self.pods.get_mut(cookie)
-                && let Some(heard) = watched.ears.as_ref().and_then(|e| e.changes.drain())
+                && let Some(heard) = watched.ears.as_ref().and_then(Ears::hear)
             {
                 watched.due.get_or_insert_default().interfaces |= heard.interfaces;
             }

@@ -12,8 +12,6 @@ use std::{
     time::Instant,
 };
 
-use culvert_ebpf::abi::role;
-
 use super::world::{Failure, Left, Notice, Target, World};
 use crate::{
     admin::{
@@ -211,8 +209,8 @@ impl World for Live {
         let started = Instant::now();
         let node = Arc::clone(&self.node);
         let netns = Arc::clone(&place);
-        blocking(move || pod::attach(&node, &netns, &policy)).await?;
-        self.tracker.watch(place);
+        let (_, ears) = blocking(move || pod::attach_and_listen(&node, &netns, &policy)).await?;
+        self.tracker.take_over(place, ears);
         Metrics::observe(
             &self.metrics.enrol_duration,
             &By(Stage::Kernel),
@@ -267,11 +265,10 @@ impl World for Live {
                 message: error.to_string(),
                 retry: true,
             })?;
-        let (node, fetch) = (Arc::clone(&self.node), self.fetch);
         // An acknowledgement is ztunnel's word; what counts is whether connections would find it.
-        let fetched =
-            blocking(move || confirm_listeners(&node, &place, fetch.then_some(acked.pid))).await?;
-        if fetched {
+        if !listeners::complete(&self.node, &place)? {
+            let (node, pid) = (Arc::clone(&self.node), self.fetch.then_some(acked.pid));
+            blocking(move || fetch_listeners(&node, &place, pid)).await?;
             self.repaired(RepairKind::Listeners);
         }
         Metrics::observe(
@@ -405,31 +402,20 @@ fn workload(target: &Target) -> zds::Workload {
     }
 }
 
-/// Makes sure that the kernel knows ztunnel's listeners in the pod; those it missed are fetched from process `pid`. True
-/// when that was needed.
-fn confirm_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Result<bool> {
-    let missing = || -> kernel::Result<bool> {
-        let known = listeners::registered(node, netns)?;
-        let wanted = [role::OUTBOUND, role::INBOUND];
-        Ok(!wanted
-            .iter()
-            .all(|r| known.iter().any(|(role, ..)| role == r)))
-    };
-    if !missing()? {
-        return Ok(false);
-    }
+/// Has the kernel know ztunnel's listeners in the pod, those of process `pid`, that it missed.
+fn fetch_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Result<()> {
     if let Some(pid) = pid {
         listeners::fetch(node, netns, pid)?;
     }
-    if missing()? {
-        let mut error = kernel::Error::wrong(
-            "find ztunnel's listeners in",
-            netns.path().display(),
-            "ztunnel acknowledged the pod but does not listen there on 15001 and 15006 with its mark",
-            "look at ztunnel's log; it needs CAP_NET_ADMIN to mark its sockets",
-        );
-        error.retryable = true;
-        return Err(error);
+    if listeners::complete(node, netns)? {
+        return Ok(());
     }
-    Ok(true)
+    let mut error = kernel::Error::wrong(
+        "find ztunnel's listeners in",
+        netns.path().display(),
+        "ztunnel acknowledged the pod but does not listen there on 15001 and 15006 with its mark",
+        "look at ztunnel's log; it needs CAP_NET_ADMIN to mark its sockets",
+    );
+    error.retryable = true;
+    Err(error)
 }

@@ -65,7 +65,7 @@ impl<'a> Rescanner<'a> {
                 .and_then(|p| Netns::open(p).ok())
                 .filter(|n| n.cookie().0 == cookie);
             if let Some(netns) = netns {
-                self.list.add(Arc::new(netns));
+                self.list.add(Arc::new(netns), None);
             }
         }
         Ok(())

@@ -14,6 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Event, Watchlist};
 use crate::kernel::{
+    ears::Ears,
     error::{Error, Result},
     netns::{Netns, NetnsCookie},
     node::Node,
@@ -21,7 +22,7 @@ use crate::kernel::{
 
 #[derive(Debug)]
 enum Command {
-    Watch(Arc<Netns>),
+    Watch(Arc<Netns>, Option<Ears>),
     Forget(NetnsCookie),
     Stop,
 }
@@ -88,7 +89,12 @@ impl Tracker {
     /// Watches an enrolled pod from now on, and brings it up to date first. Keeps its namespace alive until
     /// [`Tracker::forget`].
     pub fn watch(&self, netns: Arc<Netns>) {
-        self.shared.send(Command::Watch(netns));
+        self.shared.send(Command::Watch(netns, None));
+    }
+
+    /// Watches a pod that was enrolled just now and has been listened to since.
+    pub fn take_over(&self, netns: Arc<Netns>, ears: Ears) {
+        self.shared.send(Command::Watch(netns, Some(ears)));
     }
 
     /// Lets go of a pod.
@@ -117,7 +123,7 @@ impl Drop for Tracker {
 fn carry_out(list: &mut Watchlist, commands: Vec<Command>) -> bool {
     for command in commands {
         match command {
-            Command::Watch(netns) => list.add(netns),
+            Command::Watch(netns, ears) => list.add(netns, ears),
             Command::Forget(cookie) => drop(list.pods.remove(&cookie)),
             Command::Stop => return false,
         }
