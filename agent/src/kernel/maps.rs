@@ -112,14 +112,40 @@ impl<K: Plain, V: Plain> Map<K, V> {
 
     /// All keys. Entries that come and go meanwhile may be missed or seen.
     pub fn keys(&self) -> Result<Vec<K>> {
+        // Not every kind of map can be read in batches.
+        self.keys_in_batches()
+            .or_else(|_| self.keys_one_by_one())
+            .map_err(|e| self.error("list", e))
+    }
+
+    fn keys_in_batches(&self) -> io::Result<Vec<K>> {
+        // More than any bucket holds: one that does not fit is refused.
+        const COUNT: usize = 256;
+        let (mut keys, mut values) = (
+            vec![0; COUNT * size_of::<K>()],
+            vec![0; COUNT * size_of::<V>()],
+        );
+        let (mut found, mut place) = (Vec::new(), None);
+        loop {
+            let (count, next) =
+                sys::map_batch(self.fd.as_fd(), place, COUNT, &mut keys, &mut values)?;
+            let batch = keys.chunks_exact(size_of::<K>()).take(count);
+            found.extend(batch.filter_map(sys::from_bytes::<K>));
+            if next.is_none() {
+                return Ok(found);
+            }
+            place = next;
+        }
+    }
+
+    fn keys_one_by_one(&self) -> io::Result<Vec<K>> {
         let mut keys = Vec::new();
         let mut next = vec![0; size_of::<K>()];
         let mut current: Option<Vec<u8>> = None;
         // A key deleted between two steps makes the kernel start over: no map holds more than this.
         const LIMIT: usize = 1 << 20;
         while keys.len() < LIMIT
-            && sys::map_next_key(self.fd.as_fd(), current.as_deref(), &mut next)
-                .map_err(|e| self.error("list", e))?
+            && sys::map_next_key(self.fd.as_fd(), current.as_deref(), &mut next)?
         {
             keys.extend(sys::from_bytes::<K>(&next));
             current = Some(next.clone());

@@ -27,6 +27,7 @@ const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO: libc::c_long = 15;
 const BTF_LOAD: libc::c_long = 18;
+const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
@@ -183,6 +184,41 @@ pub(super) fn map_next_key(
         attr
     };
     absent(attr.call(MAP_NEXT_KEY, 32))
+}
+
+/// Where a walk through a map in batches has come to. Tables count buckets, others remember the last key.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place([u8; 64]);
+
+/// The next elements of a map after `place`, which is none at first. Fills as much of `keys` and `values` as there are
+/// elements; how many, and where to go on, none at the end.
+pub(super) fn map_batch(
+    map: BorrowedFd<'_>,
+    place: Option<Place>,
+    count: usize,
+    keys: &mut [u8],
+    values: &mut [u8],
+) -> io::Result<(usize, Option<Place>)> {
+    const COUNT: usize = 32;
+    let mut next = Place([0; 64]);
+    let mut attr = Attr::new()
+        .slice_mut(8, &mut next.0)
+        .slice_mut(16, keys)
+        .slice_mut(24, values)
+        .u32(COUNT, u32::try_from(count).map_err(io::Error::other)?)
+        .fd(36, map);
+    if let Some(place) = &place {
+        attr = attr.slice(0, &place.0);
+    }
+    let more = absent(attr.call(MAP_LOOKUP_BATCH, 56))?;
+    let found = u32::from_ne_bytes([
+        attr.0[COUNT],
+        attr.0[COUNT + 1],
+        attr.0[COUNT + 2],
+        attr.0[COUNT + 3],
+    ]);
+    let found = usize::try_from(found).map_err(io::Error::other)?;
+    Ok((found.min(count), more.then_some(next)))
 }
 
 fn absent(result: io::Result<i32>) -> io::Result<bool> {

@@ -120,16 +120,13 @@ pub(super) fn set_addresses(
     let maps = node.maps();
     let mut change = AddressChange::default();
     let wanted: Vec<Addr> = own.iter().map(|a| Addr::from(*a)).collect();
-    let mut present = Vec::new();
-    if known {
-        present.extend(
-            maps.pod_addrs
-                .keys()?
-                .into_iter()
-                .filter(|k| k.cookie == cookie.0)
-                .map(|k| k.addr),
-        );
-    }
+    let all = if known {
+        maps.pod_addrs.keys()?
+    } else {
+        Vec::new()
+    };
+    let own_keys = all.iter().filter(|k| k.cookie == cookie.0);
+    let present: Vec<Addr> = own_keys.map(|k| k.addr).collect();
     for addr in wanted.iter().filter(|a| !present.contains(a)) {
         maps.pod_addrs.set(
             &PodAddr {
@@ -147,7 +144,7 @@ pub(super) fn set_addresses(
         }
     }
     for addr in present.iter().filter(|a| !wanted.contains(a)) {
-        forget_address(node, cookie, *addr)?;
+        forget_address(node, cookie, *addr, &all)?;
         change.removed.push((*addr).into());
     }
     Ok(change)
@@ -158,7 +155,8 @@ fn is_link_local(addr: IpAddr) -> bool {
     matches!(addr, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
-fn forget_address(node: &Node, cookie: NetnsCookie, addr: Addr) -> Result<()> {
+/// `all` are the addresses of all pods.
+fn forget_address(node: &Node, cookie: NetnsCookie, addr: Addr, all: &[PodAddr]) -> Result<()> {
     let maps = node.maps();
     maps.pod_addrs.remove(&PodAddr {
         cookie: cookie.0,
@@ -166,7 +164,8 @@ fn forget_address(node: &Node, cookie: NetnsCookie, addr: Addr) -> Result<()> {
     })?;
     if maps.pod_by_addr.get(&addr)? == Some(cookie.0) {
         // Two namespaces may have the same address; the other one's probes stay possible.
-        match maps.pod_addrs.keys()?.into_iter().find(|k| k.addr == addr) {
+        let same = |k: &&PodAddr| k.addr == addr && k.cookie != cookie.0;
+        match all.iter().find(same) {
             Some(other) => maps.pod_by_addr.set(&addr, &other.cookie)?,
             None => drop(maps.pod_by_addr.remove(&addr)?),
         }
@@ -272,13 +271,9 @@ pub(super) fn set_resolvers(
 pub(super) fn forget_maps(node: &Node, cookie: NetnsCookie) -> Result<()> {
     let maps = node.maps();
     maps.pods.remove(&cookie.0)?;
-    for key in maps
-        .pod_addrs
-        .keys()?
-        .into_iter()
-        .filter(|k| k.cookie == cookie.0)
-    {
-        forget_address(node, cookie, key.addr)?;
+    let all = maps.pod_addrs.keys()?;
+    for key in all.iter().filter(|k| k.cookie == cookie.0) {
+        forget_address(node, cookie, key.addr, &all)?;
     }
     for key in maps
         .excluded_ports
