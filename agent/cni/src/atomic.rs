@@ -1,4 +1,4 @@
-//! Writing a file so that others see it old or new and never half, also across a crash.
+//! Writing a file so that others see it old or new and never half; where asked, also across a crash.
 //!
 //! It knows nothing of what is written.
 
@@ -16,13 +16,7 @@ use std::{
 ///
 /// The first step that fails; the temporary file is removed then, and `path` is as it was.
 pub fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let temporary = neighbour(path)?;
-    let result = fill(&temporary, content, mode).and_then(|()| fs::rename(&temporary, path));
-    if result.is_err() {
-        // Its own failure would hide the one that matters.
-        let _removed = fs::remove_file(&temporary);
-        return result;
-    }
+    put(path, content, mode, File::sync_all)?;
     match path.parent() {
         // Else the rename itself may be forgotten by a power cut.
         Some(dir) if !dir.as_os_str().is_empty() => File::open(dir)?.sync_all(),
@@ -30,7 +24,33 @@ pub fn write(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     }
 }
 
-fn fill(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+/// Like [`write()`], but waits for no disk: a power cut may take the file away, or all that is in it.
+///
+/// # Errors
+///
+/// As with [`write()`].
+pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    put(path, content, mode, |_| Ok(()))
+}
+
+fn put(
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+    flush: impl Fn(&File) -> io::Result<()>,
+) -> io::Result<()> {
+    let temporary = neighbour(path)?;
+    let result = fill(&temporary, content, mode)
+        .and_then(|file| flush(&file))
+        .and_then(|()| fs::rename(&temporary, path));
+    if result.is_err() {
+        // Its own failure would hide the one that matters.
+        let _removed = fs::remove_file(&temporary);
+    }
+    result
+}
+
+fn fill(path: &Path, content: &[u8], mode: u32) -> io::Result<File> {
     // One that was left by a process of our number, long dead.
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -44,7 +64,7 @@ fn fill(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     file.write_all(content)?;
     // The umask does not get a say.
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))?;
-    file.sync_all()
+    Ok(file)
 }
 
 /// `.NAME.PID.tmp` beside it: hidden, so that nobody takes it for a configuration.

@@ -215,17 +215,22 @@ impl Requests {
 }
 
 async fn open(path: &str) -> Result<Netns, Refusal> {
-    let owned = path.to_owned();
-    let opened = tokio::task::spawn_blocking(move || Netns::open(Path::new(&owned))).await;
-    match opened {
-        Ok(Ok(netns)) => Ok(netns),
-        Ok(Err(error)) => Err(Refusal::for_good(
+    let opened = if path.starts_with("/proc/") {
+        // No file system is waited for there: two changes of threads would take longer than this.
+        Netns::open(Path::new(path))
+    } else {
+        let owned = path.to_owned();
+        let opened = tokio::task::spawn_blocking(move || Netns::open(Path::new(&owned)));
+        let failed = |error| Refusal::later(format!("opening {path}: {error}"), "");
+        opened.await.map_err(failed)?
+    };
+    opened.map_err(|error| {
+        Refusal::for_good(
             code::INVALID_ENVIRONMENT,
             error.to_string(),
             "the agent must see the plugin's process: run it with hostPID: true",
-        )),
-        Err(error) => Err(Refusal::later(format!("opening {path}: {error}"), "")),
-    }
+        )
+    })
 }
 
 fn attachment(network: &str, container_id: &str, ifname: &str) -> String {

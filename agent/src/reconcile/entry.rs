@@ -51,6 +51,8 @@ pub(super) struct Entry<P> {
     pub(super) mute: Option<Trouble>,
     /// Somebody is at it.
     pub(super) busy: bool,
+    /// What the cluster says of it has not been looked at since it came.
+    pub(super) new: bool,
     /// When the plugin brought it, as long as the watch has not shown it.
     pub(super) ahead_of_watch: Option<Instant>,
     /// The runtime has taken its sandbox down: whatever the cluster says, there is nothing to capture until the
@@ -99,6 +101,7 @@ impl<P> Entry<P> {
             trouble: None,
             mute: None,
             busy: false,
+            new: true,
             ahead_of_watch: None,
             ended: false,
             absent: None,

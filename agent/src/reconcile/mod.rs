@@ -112,7 +112,6 @@ struct Inner<W: World> {
     adopted: AtomicBool,
     /// All members have been looked for once.
     settled: watch::Sender<bool>,
-    written: Mutex<Vec<Remembered>>,
     /// Captured namespaces that no pod of the cluster lays claim to, as counted after the last look for them.
     unclaimed: Mutex<usize>,
 }
@@ -134,7 +133,6 @@ impl<W: World> Reconciler<W> {
                 passes: watch::Sender::new(0),
                 adopted: AtomicBool::new(false),
                 settled: watch::Sender::new(false),
-                written: Mutex::default(),
                 unclaimed: Mutex::new(0),
             }),
         }
@@ -169,24 +167,33 @@ impl<W: World> Reconciler<W> {
         let mut cluster = self.inner.cluster.clone();
         let mut tick = tokio::time::interval(self.inner.options.period);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut memory = restore::Memory::default();
         loop {
+            let mut changed = false;
             let full = tokio::select! {
-                () = end.cancelled() => return,
+                () = end.cancelled() => break,
                 _ = tick.tick() => true,
-                changed = cluster.changed() => {
-                    if changed.is_err() {
-                        return;
+                outcome = cluster.changed() => {
+                    if outcome.is_err() {
+                        break;
                     }
-                    cluster.mark_unchanged();
+                    changed = true;
                     false
                 }
                 () = self.inner.wake.notified() => false,
                 () = self.next_due() => false,
+                () = memory.due() => {
+                    self.write_down(&mut memory).await;
+                    continue;
+                }
             };
-            self.pass(full).await;
-            self.write_down().await;
+            changed |= cluster.has_changed().unwrap_or(true);
+            cluster.mark_unchanged();
+            self.pass(full, changed).await;
+            memory.outdated();
             self.inner.passes.send_modify(|n| *n += 1);
         }
+        self.write_down(&mut memory).await;
     }
 
     /// Sleeps until a pod that failed may be tried again.
@@ -213,8 +220,12 @@ impl<W: World> Reconciler<W> {
             && entry.ztunnel != Ztunnel::Acked
         {
             entry.trouble = None;
+            // Whoever is at it has most likely waited for this word, and wakes us at the end.
+            let busy = entry.busy;
             drop(entries);
-            self.wake();
+            if !busy {
+                self.wake();
+            }
         }
     }
 

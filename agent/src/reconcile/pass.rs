@@ -43,13 +43,14 @@ struct Todo {
 
 impl<W: World> Reconciler<W> {
     /// Compares and sets to work; before the cluster is listed, only on what was restored. With `full` the kernel is asked whether it is still as it was left.
-    pub(super) async fn pass(&self, full: bool) {
+    /// Without `changed` the cluster is as it was at the last pass.
+    pub(super) async fn pass(&self, full: bool, changed: bool) {
         let listed = self.inner.cluster.borrow().listed;
         let first = listed && !self.inner.adopted.swap(listed, Ordering::Relaxed);
         if listed && (full || first) {
             self.verify().await;
         }
-        let todo = self.look(full);
+        let todo = self.look(full, changed);
         for (target, notice) in todo.notices {
             let this = self.clone();
             tokio::spawn(async move { this.inner.world.say(&target, notice).await });
@@ -177,13 +178,24 @@ impl<W: World> Reconciler<W> {
     }
 
     /// Brings every entry's wish up to date and picks those with something to do.
-    fn look(&self, full: bool) -> Todo {
+    fn look(&self, full: bool, changed: bool) -> Todo {
         let cluster = self.inner.cluster.borrow();
         let mut entries = self.entries();
         let now = Instant::now();
         let mut notices = Vec::new();
-        for pod in cluster.pods.values() {
-            self.wish(&mut entries, &cluster, pod, &mut notices);
+        if full || changed {
+            for pod in cluster.pods.values() {
+                self.wish(&mut entries, &cluster, pod, &mut notices);
+            }
+        } else {
+            // A pass follows whatever happens to one pod, while a new one waits: the others' labels say what they said.
+            let new = entries.values().filter(|e| e.new);
+            let new: Vec<&Pod> = new
+                .filter_map(|e| cluster.pods.get(&e.target.uid))
+                .collect();
+            for pod in new {
+                self.wish(&mut entries, &cluster, pod, &mut notices);
+            }
         }
         for (uid, entry) in entries.iter_mut() {
             let absent = cluster.listed && !cluster.pods.contains_key(uid);
@@ -301,6 +313,7 @@ impl<W: World> Reconciler<W> {
             .entry(pod.uid.clone())
             .or_insert_with(|| Entry::new(target(pod)));
         entry.ahead_of_watch = None;
+        entry.new = false;
         if entry.shown_annotation != annotation {
             if annotation.is_none() && entry.annotation.is_some() && wish == Some(Wish::In) {
                 notices.push((entry.target.clone(), Notice::Reannotated));

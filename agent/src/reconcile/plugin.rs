@@ -80,6 +80,7 @@ impl<W: World> Reconciler<W> {
                     if !self.inner.cluster.borrow().pods.contains_key(&pod.uid) {
                         entry.ahead_of_watch = Some(Instant::now());
                     }
+                    entry.new = true;
                     entry.wish = Wish::In;
                     entry.policy = policy.clone();
                     entry.trouble = None;

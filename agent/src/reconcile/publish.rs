@@ -117,9 +117,9 @@ pub struct Remembered {
     pub served: bool,
 }
 
-/// Writes the list.
+/// Writes the list. It need not outlive the node's running: cookies do not either.
 pub fn remember(path: &Path, pods: &[Remembered]) -> io::Result<()> {
-    atomic::write(path, &serde_json::to_vec(pods)?, 0o600)
+    atomic::replace(path, &serde_json::to_vec(pods)?, 0o600)
 }
 
 /// Reads the list; one that is missing or broken is empty.

@@ -1,6 +1,9 @@
 //! From one agent to the next: what is captured is written down, and taken up again where the cluster cannot be asked.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -13,6 +16,34 @@ use crate::{
     model::PodUid,
     plan::pod::{Wish, Ztunnel},
 };
+
+/// Changes closer together than this are written down as one, but for the first.
+const GATHER: Duration = Duration::from_millis(250);
+
+/// What was written down of the captured pods, and when that is done again.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    written: Vec<Remembered>,
+    not_before: Option<Instant>,
+    next: Option<Instant>,
+}
+
+impl Memory {
+    /// There may be something to write.
+    pub(super) fn outdated(&mut self) {
+        let now = Instant::now();
+        let at = self.not_before.map_or(now, |at| at.max(now));
+        self.next.get_or_insert(at);
+    }
+
+    /// When it is to be written; never while it is not outdated.
+    pub(super) async fn due(&self) {
+        match self.next {
+            Some(at) => tokio::time::sleep_until(at).await,
+            None => std::future::pending().await,
+        }
+    }
+}
 
 impl<W: World> Reconciler<W> {
     /// Takes up the pods of an earlier agent that the kernel still captures. For when nobody says which pods there are:
@@ -66,7 +97,8 @@ impl<W: World> Reconciler<W> {
     }
 
     /// Writes down what is captured, if that changed.
-    pub(super) async fn write_down(&self) {
+    pub(super) async fn write_down(&self, memory: &mut Memory) {
+        memory.next = None;
         let Some(path) = &self.inner.options.memory else {
             return;
         };
@@ -88,11 +120,7 @@ impl<W: World> Reconciler<W> {
                 })
                 .collect()
         };
-        let written = || {
-            let written = self.inner.written.lock();
-            written.unwrap_or_else(std::sync::PoisonError::into_inner)
-        };
-        if *written() == now {
+        if memory.written == now {
             return;
         }
         let file = path.clone();
@@ -100,7 +128,10 @@ impl<W: World> Reconciler<W> {
         let done =
             tokio::task::spawn_blocking(move || publish::remember(&file, &now).map(|()| now));
         match done.await.unwrap_or_else(|error| Err(error.into())) {
-            Ok(now) => *written() = now,
+            Ok(now) => {
+                memory.written = now;
+                memory.not_before = Some(Instant::now() + GATHER);
+            }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "writing down which pods are captured")
             }
