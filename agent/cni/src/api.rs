@@ -220,6 +220,9 @@ pub struct LogRecord {
     /// How long the call took, in microseconds.
     #[serde(default)]
     pub took_us: u64,
+    /// Where the time of an ADD went, as the agent says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timings: Option<Timings>,
 }
 
 /// Why a request was not done: the body of every answer that is not a success.

@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::{
     api::{
         AddReply, AddRequest, CheckReply, CheckRequest, DelRequest, GcRequest, Level, LogRecord,
-        PodRef, Refusal, StatusReply, code, paths,
+        PodRef, Refusal, StatusReply, Timings, code, paths,
     },
     ask::{self, Asked, Verdict},
     client::{self, Failure},
@@ -49,6 +49,8 @@ struct Note {
     message: String,
     /// Nobody is there to be told.
     away: bool,
+    /// Where the time went, as the agent says.
+    timings: Option<Timings>,
 }
 
 impl Note {
@@ -57,6 +59,7 @@ impl Note {
             level,
             message: message.into(),
             away: false,
+            timings: None,
         }
     }
 }
@@ -184,8 +187,8 @@ fn verdict(
             config,
             asked,
             |reply: CheckReply| match reply.problem {
-                None if reply.enrolled => Ok("steered as it should be".to_owned()),
-                None => Ok("not of the mesh".to_owned()),
+                None if reply.enrolled => Ok(("steered as it should be".to_owned(), None)),
+                None => Ok(("not of the mesh".to_owned(), None)),
                 Some(problem) => Err(Refusal::for_good(
                     code::NOT_STEERED,
                     format!("pod {pod} is not steered as it should be: {problem}"),
@@ -209,7 +212,7 @@ fn verdict(
         } else {
             "not enrolled"
         };
-        Ok(format!("{what}: {}", reply.reason))
+        Ok((format!("{what}: {}", reply.reason), Some(reply.timings)))
     }))
 }
 
@@ -218,7 +221,7 @@ fn conclude<T>(
     command: Command,
     config: &Config,
     asked: Asked<T>,
-    judge: impl FnOnce(T) -> Result<String, Refusal>,
+    judge: impl FnOnce(T) -> Result<(String, Option<Timings>), Refusal>,
 ) -> Performed {
     let Asked {
         verdict,
@@ -227,33 +230,30 @@ fn conclude<T>(
     } = asked;
     let result = verdict.and_then(|verdict| match verdict {
         Verdict::Told(reply) => {
-            let message = judge(reply)?;
+            let (message, timings) = judge(reply)?;
             let level = if attempts > 1 {
                 Level::Warn
             } else {
                 Level::Info
             };
-            Ok(Note::new(level, message))
+            Ok(Note {
+                timings,
+                ..Note::new(level, message)
+            })
         }
         Verdict::Alone { reason, failure } => Ok(Note {
-            level: Level::Warn,
-            message: format!("let go without the agent: {reason} ({failure})"),
             away,
+            ..Note::new(
+                Level::Warn,
+                format!("let go without the agent: {reason} ({failure})"),
+            )
         }),
     });
     let (result, mut note) = match result {
         Ok(note) => (Ok(output(command, config)), note),
         Err(refusal) => {
-            let message = refusal.to_string();
-            let level = Level::Error;
-            (
-                Err(refusal),
-                Note {
-                    level,
-                    message,
-                    away,
-                },
-            )
+            let note = Note::new(Level::Error, refusal.to_string());
+            (Err(refusal), Note { away, ..note })
         }
     };
     if attempts > 1 {
@@ -301,9 +301,11 @@ fn hand_over(config: &Config, path: &str, request: &impl Serialize) -> Note {
             Note::new(Level::Warn, format!("the agent did not take it: {refusal}"))
         }
         Err(failure) => Note {
-            level: Level::Warn,
-            message: format!("the agent was not told, and will see for itself: {failure}"),
             away: matches!(failure, Failure::Away { .. }),
+            ..Note::new(
+                Level::Warn,
+                format!("the agent was not told, and will see for itself: {failure}"),
+            )
         },
     }
 }
@@ -394,6 +396,7 @@ fn write_down(
             .unwrap_or_default(),
         message: note.message.clone(),
         took_us: started.elapsed().as_micros().try_into().unwrap_or(u64::MAX),
+        timings: note.timings,
     };
     let entry = &config.entry;
     if !entry.log_file.as_os_str().is_empty() {

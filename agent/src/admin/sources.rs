@@ -13,7 +13,7 @@ use super::{
     sampled::{Read, Row, Sampled},
     verdicts::VerdictSource,
 };
-use crate::{cni_server, install, watch};
+use crate::{cni_server, install, kernel::memory, watch};
 
 /// The metrics that are read where somebody else keeps them.
 #[derive(Debug)]
@@ -219,7 +219,13 @@ fn fixed(rows: Vec<Row>) -> Read {
 /// Numbers of this process, under the names that Prometheus's own libraries give them.
 fn process(book: &mut Book) {
     type Number = (&'static str, &'static str, bool, fn() -> Option<f64>);
-    let all: [Number; 4] = [
+    let all: [Number; 5] = [
+        (
+            "culvert_heap_in_use_bytes",
+            "What of the agent's memory is in use by it; the rest of the resident memory is code and the allocator's",
+            true,
+            || memory::in_use().and_then(|bytes| u64::try_from(bytes).ok().map(number)),
+        ),
         (
             "process_resident_memory_bytes",
             "Resident memory of the agent",

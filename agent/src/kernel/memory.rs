@@ -1,7 +1,7 @@
 //! What this process keeps of the memory it has freed. It allocates nothing and knows nothing of who does.
 #![expect(
     unsafe_code,
-    reason = "mallopt(3) and malloc_trim(3) take numbers and change only the allocator's own state"
+    reason = "mallopt(3), malloc_trim(3) and mallinfo2(3) take numbers at most and concern only the allocator's own state"
 )]
 
 /// One heap for all threads: with one each, what a burst of work freed on some is kept for them alone. To be called
@@ -20,8 +20,29 @@ pub fn give_back() {
     let _anything = unsafe { libc::malloc_trim(0) };
 }
 
+/// Bytes of the heap that somebody uses: what is resident beyond them is the allocator's. None where it does not count.
+pub fn in_use() -> Option<usize> {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: it locks the allocator and adds up its own numbers.
+        let info = unsafe { libc::mallinfo2() };
+        Some(info.uordblks + info.hblkhd)
+    }
+    #[cfg(not(target_env = "gnu"))]
+    None
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    #[cfg(target_env = "gnu")]
+    fn what_is_alive_is_counted() {
+        let before = super::in_use().unwrap();
+        let alive: Vec<Vec<u8>> = (0..1024).map(|_| vec![1; 32 << 10]).collect();
+        assert!(super::in_use().unwrap() > before + (16 << 20));
+        drop(alive);
+    }
+
     #[test]
     #[cfg(target_env = "gnu")]
     fn what_is_freed_below_something_alive_goes_back() {

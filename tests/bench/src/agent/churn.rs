@@ -13,10 +13,13 @@ use crate::interrupt;
 
 /// Pods that are there at the same time, beside those that stay.
 const BATCH: usize = 50;
-/// Pods that come and go before the first reading: what is made once is not what is looked for.
-const WARM_UP: usize = 4 * BATCH;
+/// Of the pods so many, but not more than this, come and go before the first reading: what is made once is not what is
+/// looked for, nor how an allocator's pages fill up until as many are begun as a busy moment needs.
+const WARM_UP: usize = 4000;
 /// What an allocator may keep: for 20,000 pods some fifty bytes each.
 const SLACK_KIB: u64 = 1024;
+/// What may be in use more than before, in bytes: a connection that was just made, a file just read.
+const SLACK_IN_USE: f64 = 128.0 * 1024.0;
 /// Threads that wait for work end after ten seconds without, and the kernel takes its time with namespaces.
 const SETTLE: Duration = Duration::from_secs(60);
 const QUIET: Duration = Duration::from_secs(12);
@@ -30,12 +33,20 @@ pub(super) struct Churn {
     pub(super) after: Footprint,
     /// KiB of anonymous memory on the way.
     pub(super) anonymous: Vec<u64>,
+    /// Bytes of the heap in use, before and after, where the agent's allocator counts them.
+    pub(super) in_use: Option<(f64, f64)>,
 }
 
 /// Adds and removes so many pods, each a new one in a new network namespace. `left` pods stay.
 pub(super) fn measure(site: &Site, plugin: &Plugin, count: usize, left: usize) -> Result<Churn> {
-    rounds(site, plugin, "warm", WARM_UP.min(count), left, |_| Ok(()))?;
+    let warm = WARM_UP.min(count / 4).max(BATCH);
+    rounds(site, plugin, "warm", warm, left, |done| {
+        eprint!("\r  {done} of {warm} before the first reading  ");
+        Ok(())
+    })?;
+    eprintln!();
     let before = settled(site, None)?;
+    let heap = site.heap_in_use()?;
     let started = Instant::now();
     let mut anonymous = Vec::new();
     rounds(site, plugin, "churn", count, left, |done| {
@@ -49,7 +60,9 @@ pub(super) fn measure(site: &Site, plugin: &Plugin, count: usize, left: usize) -
     let seconds = started.elapsed().as_secs_f64();
     eprintln!();
     let after = settled(site, Some(&before))?;
+    let in_use = heap.zip(site.heap_in_use()?);
     Ok(Churn {
+        in_use,
         pods: count,
         seconds,
         before,
@@ -120,6 +133,13 @@ impl Churn {
                 grown.push(format!("{name}: {before} before, {after} after"));
             }
         }
+        if let Some((before, after)) = self.in_use
+            && after > before + SLACK_IN_USE
+        {
+            grown.push(format!(
+                "memory in use: {before:.0} bytes before, {after:.0} after"
+            ));
+        }
         let (before, after) = (self.before.memory.rss, self.after.memory.rss);
         if after > before + SLACK_KIB {
             grown.push(format!(
@@ -129,10 +149,20 @@ impl Churn {
         grown
     }
 
+    /// KiB of anonymous memory that a thousand pods of the second half left, should it still grow there.
+    pub(super) fn slope(&self) -> Option<f64> {
+        let half = self.anonymous.get(self.anonymous.len() / 2..)?;
+        let (first, last) = (half.first()?, half.last()?);
+        // The readings are a tenth of the pods apart.
+        let pods = (half.len() - 1) as f64 * self.pods as f64 / 10.0;
+        (pods > 0.0).then(|| (*last as f64 - *first as f64) * 1000.0 / pods)
+    }
+
     pub(super) fn json(&self) -> Value {
         json!({
             "pods": self.pods, "seconds": self.seconds, "before": self.before.json(), "after": self.after.json(),
-            "anonymous_kib": self.anonymous, "grown": self.grown(),
+            "anonymous_kib": self.anonymous, "anonymous_kib_per_1000_of_second_half": self.slope(),
+            "heap_in_use_bytes": self.in_use.map(|(before, after)| [before, after]), "grown": self.grown(),
         })
     }
 }

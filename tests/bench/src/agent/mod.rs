@@ -39,7 +39,9 @@ What is measured
            asked every 20 ms; then the kernel's map and ztunnel must agree
     idle   the agent's processor time while nothing changes, 250 pods enrolled
     add    ADD of new pods one after the other, from before the plugin's process is made until it has ended. ztunnel's
-           part is from being told to its ack, by the agent's own histogram; all the rest is called ours
+           part is from being told to its ack, as the agent says in its answer; all the rest is called ours. Before each
+           a process of the plugin that asks nobody and a request to rtnetlink that changes nothing: what they take the
+           machine takes
     churn  pods come and go, each new: its own object, network namespace, addresses, ADD and DEL. Compressed are the
            pauses, and 50 pods share a namespace object. RSS, descriptors, threads, pins and map entries before and after
   In every flip and every 50 pods added a connection between two pods must be counted by ztunnel, and must not be when

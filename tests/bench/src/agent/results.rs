@@ -177,13 +177,15 @@ impl Results {
                 ("  of it ztunnel's, told to ack", &adds.ztunnel),
                 ("ADD, not of the mesh", &adds.outside),
                 ("DEL, mesh", &adds.del),
+                ("beside: a process of the plugin alone", &adds.process),
+                ("beside: an empty rtnetlink request", &adds.rtnetlink),
             ] {
                 let Summary {
                     median, p90, p99, ..
                 } = summary;
                 line(
                     out,
-                    format_args!("  {what:34} {median:8.2} {p90:8.2} {p99:8.2}"),
+                    format_args!("  {what:38} {median:8.2} {p90:8.2} {p99:8.2}"),
                 );
             }
         }
@@ -246,6 +248,19 @@ impl Results {
                 ("file, KiB", before.file, after.file),
             ] {
                 line(out, format_args!("  {what:34} {before:8} {after:8}"));
+            }
+            if let Some((before, after)) = churn.in_use {
+                let (before, after) = (before / 1024.0, after / 1024.0);
+                line(
+                    out,
+                    format_args!("  {:34} {before:8.0} {after:8.0}", "heap in use, KiB"),
+                );
+            }
+            if let Some(slope) = churn.slope() {
+                line(
+                    out,
+                    format_args!("  anonymous, of 1,000 pods in the second half: {slope:+.1} KiB"),
+                );
             }
             let counts = churn.before.counts().into_iter().zip(churn.after.counts());
             for ((what, before), (_, after)) in counts {

@@ -1,7 +1,6 @@
 //! A node for the benchmark of the agent: the real agent with its manifests, the stand-in ztunnel, a process that passes
 //! for the kubelet, and pods that are network namespaces. It times nothing and judges nothing.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -132,24 +131,11 @@ impl Site {
         );
         Ok(accepts()? > before)
     }
+}
 
-    /// Sums of the agent's histograms of durations, in milliseconds: by stage of enrolment.
-    pub(super) fn stages(&self) -> Result<BTreeMap<String, f64>> {
-        let text = self.metrics()?;
-        let sums = text.lines().filter_map(|line| {
-            let rest = line.strip_prefix("culvert_enrol_duration_seconds_sum{stage=\"")?;
-            let (stage, seconds) = rest.split_once("\"} ")?;
-            Some((stage.to_owned(), seconds.parse::<f64>().ok()? * 1e3))
-        });
-        let sums: BTreeMap<_, _> = sums.collect();
-        ensure!(
-            sums.contains_key("kernel") && sums.contains_key("ztunnel"),
-            "the agent's metrics have no durations of the stages kernel and ztunnel"
-        );
-        Ok(sums)
-    }
-
-    fn metrics(&self) -> Result<String> {
+impl Site {
+    /// Bytes of the agent's heap that are in use, by its own account; none where its allocator does not count.
+    pub(super) fn heap_in_use(&self) -> Result<Option<f64>> {
         let ask = || -> Result<String> {
             let mut stream = TcpStream::connect(("127.0.0.1", 15014))?;
             stream.set_read_timeout(Some(LONG))?;
@@ -159,10 +145,14 @@ impl Site {
             stream.read_to_string(&mut text)?;
             Ok(text)
         };
-        self.lab
+        let text = self
+            .lab
             .node()
             .run(ask)
-            .context("asking the agent for metrics")
+            .context("asking the agent for metrics")?;
+        let mut lines = text.lines();
+        let value = lines.find_map(|line| line.strip_prefix("culvert_heap_in_use_bytes "));
+        Ok(value.and_then(|v| v.trim().parse().ok()))
     }
 }
 
