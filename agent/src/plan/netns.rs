@@ -5,6 +5,7 @@
 
 mod show;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use culvert_ebpf::abi::mark;
@@ -19,6 +20,8 @@ pub const LOCAL_TABLE: u32 = 255;
 pub const PROTOCOL: u8 = 201;
 /// `proto kernel`.
 pub const PROTOCOL_KERNEL: u8 = 2;
+/// A pod may be allowed to give itself any number of addresses; the maps that hold them are the whole node's.
+pub const MAX_OWN: usize = 256;
 /// Where the local table stands while rules change.
 const TEMPORARY_PREF: u32 = 2;
 /// Metric of the turn-round route without a source, for the moment in which the preferred one is gone.
@@ -144,12 +147,14 @@ impl Observed {
         self
     }
 
-    /// The pod's own addresses.
+    /// The pod's own addresses: the oldest of each interface, at most [`MAX_OWN`] together.
     #[must_use]
     pub fn own(&self) -> Vec<IpAddr> {
+        let mut seen = BTreeSet::new();
         let mut own: Vec<IpAddr> = self.addresses.iter().map(|(_, a)| *a).collect();
+        own.retain(|address| seen.insert(*address));
+        own.truncate(MAX_OWN);
         own.sort_unstable();
-        own.dedup();
         own
     }
 

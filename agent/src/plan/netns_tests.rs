@@ -235,3 +235,14 @@ fn without_ipv6_only_ipv4_is_touched() {
     };
     assert!(!print(&enrol(&observed, &[])).contains("-6"));
 }
+
+#[test]
+fn a_pod_with_thousands_of_addresses_takes_no_room_from_others() {
+    let mut observed = fresh();
+    let before = observed.own();
+    let more = (0..5000_u32).map(|n| (2, IpAddr::V4(Ipv4Addr::from_bits(0x0b00_0000 + n))));
+    observed.addresses.extend(more);
+    let own = observed.own();
+    assert_eq!(own.len(), MAX_OWN);
+    assert!(before.iter().all(|address| own.contains(address)));
+}
