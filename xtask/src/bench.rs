@@ -9,6 +9,8 @@ use crate::{
     project::{Profile, Project},
 };
 
+const PLUGIN: &str = "culvert-cni";
+
 /// Options of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -25,13 +27,19 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     bins::ensure(
         &project,
         Profile::Release,
-        &["culvert", "culvert-cni", "ztunnel-standin", "culvert-bench"],
+        &["culvert", "ztunnel-standin", "culvert-bench"],
     )?;
     host::ensure_bpffs()?;
     let mut bench = bins::command(&project, Profile::Release, "culvert-bench");
     let help = |word: &String| word == "--help" || word == "-h";
-    let on_a_cluster = args.arguments.first().is_some_and(|name| name == "cluster");
-    if on_a_cluster && !args.arguments.iter().any(help) {
+    let named = |what: &str| args.arguments.first().is_some_and(|name| name == what);
+    if named("agent") {
+        // As the image ships it: of a process that lives for a millisecond, loading libraries is a third.
+        bins::ensure(&project, Profile::Static, &[PLUGIN])?;
+        let plugin = project.binaries(Profile::Static).join(PLUGIN);
+        bench.env("CULVERT_CNI_BIN", plugin);
+    }
+    if named("cluster") && !args.arguments.iter().any(help) {
         host::ensure_packages(host::CLUSTER, "the cluster")?;
         // With `culvert-pod`, which runs in its pods.
         build::binaries(&project, Profile::Release, &["culvert-cluster"])?;

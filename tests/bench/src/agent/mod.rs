@@ -50,7 +50,8 @@ What is measured
 Reading it
   Targets are printed beside what was reached. Times are the machine's as well: other work on it shows first in p99.
   Results go to target/bench/agent.json too; progress goes to stderr, so `-o json | jq` works.
-  What the image ships is static: `cargo xtask build --static`, then --binaries names its directory.
+  The plugin is static, as the image ships it. For the agent too: `cargo xtask build --static`, then --binaries names
+  its directory.
 
 Exit code
   0  measured, whatever the numbers; 1 could not be measured (the error says what to do); 2 wrong usage;
