@@ -102,6 +102,12 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
     for node in NODES {
         bed.until(&format!("{node} is as before"), || !installed(&bed, node));
     }
+    // Its ports are taken for as long as its pods are there: a kubelet refuses others that want them.
+    let pods = "--selector=app.kubernetes.io/name=culvert";
+    of_agent(
+        &bed,
+        &["wait", "--for=delete", "pod", pods, "--timeout=120s"],
+    );
     let look = || -> Vec<String> { nodes.iter().map(|node| network(&bed, node)).collect() };
     let before = look();
     for node in &nodes {
