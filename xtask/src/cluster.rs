@@ -52,9 +52,9 @@ pub(crate) fn ensure_kubernetes(project: &Project) -> Result<()> {
     cmd::run(command(project)?.arg("build"))
 }
 
-/// Builds all that clusters consist of, Cilium too.
+/// Builds all that clusters consist of, Cilium and the newest container runtime too.
 pub(crate) fn ensure(project: &Project) -> Result<()> {
-    cmd::run(command(project)?.args(["build", "--cilium"]))
+    cmd::run(command(project)?.args(["build", "--cilium", "--newest"]))
 }
 
 fn command(project: &Project) -> Result<std::process::Command> {

@@ -35,6 +35,8 @@ static SERIAL: AtomicU32 = AtomicU32::new(0);
 pub enum Cni {
     /// The reference plugin `bridge`, with kube-proxy
     Bridge,
+    /// The same with plugins and a container runtime that speak CNI 1.1; build them first
+    Newest,
     /// Cilium at its fast settings, which replaces kube-proxy; build it first
     Cilium,
     /// None: pods wait until a test has brought one
@@ -98,8 +100,12 @@ impl Cluster {
         );
         sweep::leftovers()?;
         let parts = Parts::find()?;
-        let cilium = Part::CILIUM.iter().filter(|_| options.cni == Cni::Cilium);
-        for part in Part::ALL[2..6].iter().chain(cilium) {
+        let more: &[Part] = match options.cni {
+            Cni::Cilium => &Part::CILIUM,
+            Cni::Newest => &Part::NEWEST,
+            Cni::Bridge | Cni::None => &[],
+        };
+        for part in Part::ALL[2..6].iter().chain(more) {
             parts.get(*part)?;
         }
         let (dir, scratch, lifetime) = if options.on_its_own {
@@ -276,7 +282,7 @@ impl Cluster {
             self.register(node)?;
             self.start_service(node, Service::Kubelet)?;
             match cni {
-                Cni::Bridge => self.start_service(node, Service::KubeProxy)?,
+                Cni::Bridge | Cni::Newest => self.start_service(node, Service::KubeProxy)?,
                 Cni::Cilium => self.start_service(node, Service::Cilium)?,
                 Cni::None => {}
             }
@@ -287,9 +293,9 @@ impl Cluster {
     fn prepare(&self, node: &Node, cni: Cni, images: &[PathBuf]) -> Result<()> {
         node.wire()?;
         services::write_files(&self.api, node)?;
-        services::copy_plugins(node)?;
+        services::copy_plugins(&self.api, node, cni)?;
         match cni {
-            Cni::Bridge => services::write_bridge_network(node)?,
+            Cni::Bridge | Cni::Newest => services::write_bridge_network(node)?,
             Cni::Cilium => cilium::write_files(&self.api, node)?,
             Cni::None => {}
         }

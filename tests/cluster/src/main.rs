@@ -30,6 +30,9 @@ enum Verb {
         /// Cilium too, which takes some minutes more
         #[arg(long, conflicts_with = "control_plane")]
         cilium: bool,
+        /// The newest container runtime and plugins too
+        #[arg(long, conflicts_with = "control_plane")]
+        newest: bool,
     },
     /// Start a cluster and wait until its nodes are ready
     Up {
@@ -71,7 +74,7 @@ fn main() -> ExitCode {
             control_plane: true,
             ..
         } => Parts::find().and_then(|parts| parts.build(&Part::CONTROL_PLANE)),
-        Verb::Build { cilium, .. } => build(cilium),
+        Verb::Build { cilium, newest, .. } => build(cilium, newest),
         Verb::Up { nodes, cni } => up(&name, nodes, cni),
         Verb::Down => Cluster::remove(&name),
         Verb::Status { output } => status(&name, output.is_some()),
@@ -87,17 +90,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn build(cilium: bool) -> Result<()> {
+fn build(cilium: bool, newest: bool) -> Result<()> {
     let parts = Parts::find()?;
     parts.build(&Part::ALL)?;
     if cilium {
         parts.build(&Part::CILIUM)?;
     }
+    if newest {
+        parts.build(&Part::NEWEST)?;
+    }
     Ok(())
 }
 
 fn up(name: &str, nodes: u8, cni: Cni) -> Result<()> {
-    build(cni == Cni::Cilium)?;
+    build(cni == Cni::Cilium, cni == Cni::Newest)?;
     if let Ok(cluster) = Cluster::attach(name) {
         let (there, wanted) = ((cluster.nodes().len(), cluster.cni()), (nodes.into(), cni));
         ensure!(

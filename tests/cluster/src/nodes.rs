@@ -85,7 +85,7 @@ impl Cluster {
         {
             bail!("{} on {} runs: stop it first", service.name(), node.name());
         }
-        let command = self.command_on(node, &service.command_line(self, node)?)?;
+        let command = self.command_on(node, &service.command_line(self, node, self.cni())?)?;
         // All of a node ends with its first process.
         let outer = Server::start(node.dir(), service.name(), command, Lifetime::OnItsOwn)?;
         let mut server = outer.behind()?;

@@ -43,13 +43,35 @@ pub enum Part {
     Coredns,
     /// Istio's charts: a directory, of which nothing is compiled
     IstioCharts,
+    /// A container runtime newer than the machine's
+    Containerd,
+    /// What it starts beside each pod
+    ContainerdShim,
+    /// A CNI plugin newer than the machine's, and so are the others
+    Bridge,
+    /// Gives pods addresses
+    HostLocal,
+    /// Brings the device `lo` up
+    Loopback,
+    /// Carries ports of the node to pods
+    Portmap,
 }
 
 impl Part {
     /// What a cluster with Cilium needs besides.
     pub const CILIUM: [Self; 3] = [Self::CiliumAgent, Self::CiliumCni, Self::CiliumDbg];
 
-    /// All parts but Cilium's, in the order in which they are of use.
+    /// What a cluster with the newest container runtime and plugins needs besides.
+    pub const NEWEST: [Self; 6] = [
+        Self::Containerd,
+        Self::ContainerdShim,
+        Self::Bridge,
+        Self::HostLocal,
+        Self::Loopback,
+        Self::Portmap,
+    ];
+
+    /// All parts but Cilium's and the newest runtime's, in the order in which they are of use.
     pub const ALL: [Self; 10] = [
         Self::Etcd,
         Self::KubeApiserver,
@@ -82,12 +104,22 @@ impl Part {
             Self::Cnitool => "cnitool",
             Self::Coredns => "coredns",
             Self::IstioCharts => "charts",
+            Self::Containerd => "containerd",
+            Self::ContainerdShim => "containerd-shim-runc-v2",
+            Self::Bridge => "bridge",
+            Self::HostLocal => "host-local",
+            Self::Loopback => "loopback",
+            Self::Portmap => "portmap",
         }
     }
 
     /// The folder of the Go module that pins it, the module whose version it has, and its package there.
     pub(crate) fn pin(self) -> (&'static str, &'static str, String) {
         let cilium = |package: &str| ("cilium", CILIUM, package.to_owned());
+        let plugin = |kind: &str| {
+            let package = format!("/plugins/{kind}/{}", self.name());
+            ("plugins", "github.com/containernetworking/plugins", package)
+        };
         match self {
             Self::CiliumAgent => cilium("/daemon"),
             Self::CiliumCni => cilium("/plugins/cilium-cni"),
@@ -101,6 +133,14 @@ impl Part {
                 "/cnitool".to_owned(),
             ),
             Self::Coredns => ("tools", "github.com/coredns/coredns", String::new()),
+            Self::Containerd | Self::ContainerdShim => (
+                "containerd",
+                "github.com/containerd/containerd/v2",
+                format!("/cmd/{}", self.name()),
+            ),
+            Self::Bridge | Self::Loopback => plugin("main"),
+            Self::HostLocal => plugin("ipam"),
+            Self::Portmap => plugin("meta"),
             _ => (
                 "kubernetes",
                 "k8s.io/kubernetes",
@@ -148,8 +188,10 @@ impl Parts {
                 "{} is not there: build it with `cargo xtask cluster build{}` (minutes, once), or point \
                  CULVERT_CLUSTER_DIR at a directory that has it",
                 path.display(),
-                if Self::is_cilium(part) {
+                if Part::CILIUM.contains(&part) {
                     " --cilium"
+                } else if Part::NEWEST.contains(&part) {
+                    " --newest"
                 } else {
                     ""
                 }
@@ -204,10 +246,6 @@ impl Parts {
             .join(format!("{}-{version}", part.folder()))
             .join(part.name()))
     }
-
-    fn is_cilium(part: Part) -> bool {
-        Part::CILIUM.contains(&part)
-    }
 }
 
 pub(crate) fn go_mod(part: Part) -> PathBuf {
@@ -237,7 +275,8 @@ mod tests {
     #[test]
     fn every_part_has_a_pin() {
         let parts = Parts { bin: "/b".into() };
-        for part in Part::ALL.into_iter().chain(Part::CILIUM) {
+        let others = Part::CILIUM.into_iter().chain(Part::NEWEST);
+        for part in Part::ALL.into_iter().chain(others) {
             let path = parts.path(part).unwrap();
             assert!(path.ends_with(part.name()), "{}", path.display());
             assert!(path.to_string_lossy().contains("-v"), "{}", path.display());

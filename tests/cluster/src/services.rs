@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::api::Api;
+use crate::cluster::Cni;
 use crate::kubeconfig::Proof;
 use crate::node::Node;
 use crate::parts::Part;
@@ -55,8 +56,8 @@ impl Service {
     }
 
     /// Its command line, in the node.
-    pub(crate) fn command_line(self, api: &Api, node: &Node) -> Result<Vec<String>> {
-        let mut line = self.program_line(api, node)?;
+    pub(crate) fn command_line(self, api: &Api, node: &Node, cni: Cni) -> Result<Vec<String>> {
+        let mut line = self.program_line(api, node, cni)?;
         if self.restarts() {
             let again = ["setsid", "sh", "-c", AGAIN, self.name()];
             line.splice(..0, again.map(str::to_owned));
@@ -64,15 +65,18 @@ impl Service {
         Ok(line)
     }
 
-    fn program_line(self, api: &Api, node: &Node) -> Result<Vec<String>> {
+    fn program_line(self, api: &Api, node: &Node, cni: Cni) -> Result<Vec<String>> {
         let file = |name: &str| node.dir().join(name).display().to_string();
         let program = |part| -> Result<String> { Ok(api.parts().get(part)?.display().to_string()) };
         Ok(match self {
             Self::Cilium => cilium::command_line(api, node)?,
-            Self::Containerd => vec![
-                "containerd".to_owned(),
-                "--config=/etc/containerd/config.toml".to_owned(),
-            ],
+            Self::Containerd => {
+                let config = "--config=/etc/containerd/config.toml".to_owned();
+                match cni {
+                    Cni::Newest => newest_containerd(&program(Part::Containerd)?, config),
+                    Cni::Bridge | Cni::Cilium | Cni::None => vec!["containerd".to_owned(), config],
+                }
+            }
             Self::Kubelet => {
                 let (v4, v6) = node.addresses();
                 vec![
@@ -92,6 +96,13 @@ impl Service {
     }
 }
 
+/// What it starts beside each pod has to be of its version, and it looks for that on PATH first.
+fn newest_containerd(program: &str, config: String) -> Vec<String> {
+    let dir = Path::new(program).parent().unwrap_or(Path::new("/"));
+    let path = format!("PATH={}:/usr/sbin:/usr/bin:/sbin:/bin", dir.display());
+    vec!["env".to_owned(), path, program.to_owned(), config]
+}
+
 /// Writes all files that the services of a node read.
 pub(crate) fn write_files(api: &Api, node: &Node) -> Result<()> {
     let dir = node.dir();
@@ -103,12 +114,16 @@ pub(crate) fn write_files(api: &Api, node: &Node) -> Result<()> {
     proxy_files(api, node)
 }
 
-/// Debian's plugins, where the node's container runtime looks for them.
-pub(crate) fn copy_plugins(node: &Node) -> Result<()> {
+/// Debian's plugins, or the newest, where the node's container runtime looks for them.
+pub(crate) fn copy_plugins(api: &Api, node: &Node, cni: Cni) -> Result<()> {
     let bin = node.dir().join("opt/cni/bin");
     fs::create_dir_all(&bin).with_context(|| format!("making {}", bin.display()))?;
+    let newest = Part::NEWEST.iter().filter(|_| cni == Cni::Newest);
     for plugin in PLUGINS {
-        let from = Path::new(PLUGINS_FROM).join(plugin);
+        let from = match newest.clone().find(|part| part.name() == plugin) {
+            Some(part) => api.parts().get(*part)?,
+            None => Path::new(PLUGINS_FROM).join(plugin),
+        };
         // Copies: whoever installs plugins on the node must not change the machine's.
         fs::copy(&from, bin.join(plugin)).with_context(|| {
             format!(

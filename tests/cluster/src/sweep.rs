@@ -23,6 +23,10 @@ pub(crate) fn leftovers() -> Result<()> {
             continue;
         }
         let state = State::read(&path).ok();
+        // It may be a newer build's, which this one cannot judge.
+        if state.is_none() && path.join(place::STATE).exists() {
+            continue;
+        }
         let meant = |state: &State| state.spec.lifetime == Lifetime::OnItsOwn;
         if state.as_ref().is_some_and(meant) {
             continue;

@@ -10,6 +10,7 @@
 mod bed;
 #[path = "../mesh/capture.rs"]
 mod capture;
+mod chain;
 mod disturbed;
 mod refused;
 mod removed;
@@ -31,11 +32,11 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The cluster that these tests take turns on.
+/// The cluster that these tests take turns on: with a container runtime that speaks CNI 1.1, unlike that of the others.
 fn options() -> Options {
     Options {
         name: "agent".to_owned(),
-        cni: Cni::Bridge,
+        cni: Cni::Newest,
         ..Options::default()
     }
 }
