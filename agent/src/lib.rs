@@ -12,5 +12,6 @@ pub mod kernel;
 pub mod model;
 pub mod plan;
 pub mod reconcile;
+pub mod traces;
 pub mod watch;
 pub mod zds;

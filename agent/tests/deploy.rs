@@ -199,6 +199,7 @@ fn defaults_of_the_chart_are_those_of_the_agent() {
         ("agent", "healthPort", "health-address"),
         ("agent", "logLevel", "log-level"),
         ("agent", "logFormat", "log-format"),
+        ("agent", "otlpEndpoint", "otlp-endpoint"),
         ("agent", "disableSafeUpgrade", "disable-safe-upgrade"),
         ("cni", "install", "cni-install"),
         ("cni", "confName", "cni-conf-name"),

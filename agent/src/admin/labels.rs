@@ -184,6 +184,14 @@ labels! {
         Total = "total",
     }
 
+    /// What became of a trace's span.
+    SpanOutcome, "result" {
+        /// The collector has it.
+        Taken = "taken",
+        /// The collector was away or did not want it.
+        Lost = "lost",
+    }
+
     /// What became of a message to ztunnel.
     ZdsOutcome, "result" {
         /// Acknowledged.

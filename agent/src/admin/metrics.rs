@@ -17,8 +17,8 @@ use super::{
         Stability::{Stable, Unstable},
     },
     labels::{
-        By, CiliumSetting, CniCommand, Labels, Outcome, RepairKind, Stage, UnenrolReason,
-        ZdsOutcome,
+        By, CiliumSetting, CniCommand, Labels, Outcome, RepairKind, SpanOutcome, Stage,
+        UnenrolReason, ZdsOutcome,
     },
     sources::Sources,
     verdicts::Verdicts,
@@ -59,6 +59,8 @@ pub struct Metrics {
     pub zds_messages: Family<By<ZdsOutcome>, Counter>,
     /// Writes of the redirection annotation.
     pub annotation_writes: Family<By<Outcome>, Counter>,
+    /// Spans of traces, those that did not fit the queue left out.
+    pub trace_spans: Family<By<SpanOutcome>, Counter>,
     /// 1 for each setting of Cilium's that is wrong.
     pub cilium_findings: Family<By<CiliumSetting>, Gauge>,
     pub(super) verdicts: Arc<Verdicts>,
@@ -155,6 +157,11 @@ impl Metrics {
                 "culvert_annotation_writes",
                 Stable,
                 "Writes of the annotation ambient.istio.io/redirection",
+            ),
+            trace_spans: book.counters(
+                "culvert_trace_spans",
+                Unstable,
+                "Spans of traces sent to the collector",
             ),
             cilium_findings: book.gauges(
                 "culvert_cilium_findings",

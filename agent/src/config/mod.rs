@@ -7,6 +7,7 @@
 mod args;
 mod check;
 mod choices;
+mod collector;
 mod resolve;
 mod show;
 mod values;
@@ -15,6 +16,7 @@ use std::{collections::BTreeSet, num::NonZeroUsize, path::PathBuf, time::Duratio
 
 pub use args::AgentArgs;
 pub use choices::{AgentAway, DnsScope, LogFormat, OwnConfig, ProbeSource};
+pub use collector::Collector;
 pub use resolve::{Environment, Loaded, Origin, Problem, Problems};
 pub use show::{Setting, settings};
 pub use values::{EnablementSelectors, Grace, Listen, LogLevel, Patterns, Value};
@@ -170,6 +172,8 @@ settings! {
     log_level: LogLevel = LogLevel::info(), "log-level", or "LOG_LEVEL" by values::istio_log_level;
     /// How it is logged.
     log_format: LogFormat = LogFormat::Text, "log-format";
+    /// Collector that gets traces by OTLP over gRPC; by default none are made.
+    otlp_endpoint: Option<Collector> = None, "otlp-endpoint", or "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", or "OTEL_EXPORTER_OTLP_ENDPOINT";
     /// Name of the agent's own DaemonSet: its absence or deletion at shutdown means removal, not upgrade.
     daemonset_name: String = "culvert".to_owned(), "daemonset-name";
     /// Its namespace.

@@ -3,6 +3,7 @@
 //! Decides nothing about pods. What a part cannot do without, it fails for at once, with the cure; what may come later
 //! (the API server, ztunnel, the CNI configuration) is waited for under a name in /readyz.
 
+mod added;
 mod cilium;
 mod counting;
 pub mod failed;
@@ -28,6 +29,7 @@ use crate::{
     kernel::{LoadOptions, Netns, Node, memory, pod, track},
     plan::membership::{self, Settings},
     reconcile::{Options, Reconciler, live::Live, publish},
+    traces,
     watch::{Manifests, Source, api, client},
     zds,
 };
@@ -69,6 +71,16 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     listed.set_not_ready("pods and namespaces have not been listed yet");
     let programs = readiness.task("programs");
     programs.set_not_ready("not loaded yet");
+
+    let traces = match &config.otlp_endpoint {
+        None => None,
+        Some(collector) => {
+            let node = config.node_name.as_deref().unwrap_or_default();
+            let exporter = traces::start(collector, node, Arc::clone(&metrics))
+                .with_context(|| format!("preparing to send traces to {}", collector.url()))?;
+            Some(exporter)
+        }
+    };
 
     probes::check(&config)?;
     let settings = settings(&config)?;
@@ -226,6 +238,9 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         crate::admin::shutdown::Ended::Done(())
     ) {
         tracing::warn!("some work was left to the next agent");
+    }
+    if let Some(traces) = traces {
+        tokio::task::spawn_blocking(|| traces.finish()).await?;
     }
     Ok(())
 }

@@ -16,8 +16,11 @@ use crate::{
     model::{Cluster, Namespace, Pod, PodUid},
     plan::membership::{self, Settings},
     reconcile::{Answer, Reconciler, live::Live, world::Failure},
+    traces::{self, Trace},
     watch::Source,
 };
+
+use super::added;
 
 /// Kept back from the plugin's budget for the answer's way.
 const MARGIN: Duration = Duration::from_millis(200);
@@ -44,44 +47,10 @@ enum Known {
 
 impl Handler for Requests {
     async fn add(&self, request: AddRequest) -> Result<AddReply, Refusal> {
-        let started = Instant::now();
-        let budget = Duration::from_millis(request.budget_ms);
-        let deadline = started + budget.saturating_sub(MARGIN);
-        // The plugin keeps it open only until it is answered.
-        let place = open(&request.netns).await?;
-        if place.cookie().0 == self.home {
-            return Ok(outside(
-                "it is in the node's own network namespace",
-                Timings::default(),
-            ));
-        }
-        let known = self.look_up(&request.pod, deadline).await?;
-        let mut timings = Timings {
-            lookup_us: micros(started.elapsed()),
-            ..Timings::default()
-        };
-        let (pod, namespace) = match known {
-            Known::Outside(why) => return Ok(outside(&why, timings)),
-            Known::Pod(pod, namespace) => (pod, namespace),
-        };
-        let sandbox = attachment(&request.network, &request.container_id, &request.ifname);
-        let answer = self
-            .reconciler
-            .add(&pod, namespace.as_ref(), place, &sandbox, deadline)
-            .await;
-        match answer {
-            Ok(Answer::Outside(why)) => Ok(outside(&why, timings)),
-            Ok(Answer::Enrolled { kernel, ztunnel }) => {
-                timings.kernel_us = micros(kernel);
-                timings.ztunnel_us = micros(ztunnel);
-                Ok(AddReply {
-                    enrolled: true,
-                    reason: "captured, and ztunnel serves it".to_owned(),
-                    timings,
-                })
-            }
-            Err(failure) => Err(refusal(&failure)),
-        }
+        let trace = added::begin(&request);
+        let result = traces::within(trace.as_ref(), self.added(request, trace.as_ref())).await;
+        added::end(trace, &result);
+        result
     }
 
     async fn del(&self, request: DelRequest) -> Result<(), Refusal> {
@@ -140,6 +109,52 @@ impl Handler for Requests {
 }
 
 impl Requests {
+    async fn added(&self, request: AddRequest, trace: Option<&Trace>) -> Result<AddReply, Refusal> {
+        let started = Instant::now();
+        let budget = Duration::from_millis(request.budget_ms);
+        let deadline = started + budget.saturating_sub(MARGIN);
+        // The plugin keeps it open only until it is answered.
+        let place = open(&request.netns).await?;
+        if place.cookie().0 == self.home {
+            return Ok(outside(
+                "it is in the node's own network namespace",
+                Timings::default(),
+            ));
+        }
+        let known = self.look_up(&request.pod, deadline).await;
+        if let Some(trace) = trace {
+            let failed = known.as_ref().err().map(|r| r.message.as_str());
+            trace.step("look up", started.elapsed(), failed.map_or(Ok(()), Err));
+        }
+        let known = known?;
+        let mut timings = Timings {
+            lookup_us: micros(started.elapsed()),
+            ..Timings::default()
+        };
+        let (pod, namespace) = match known {
+            Known::Outside(why) => return Ok(outside(&why, timings)),
+            Known::Pod(pod, namespace) => (pod, namespace),
+        };
+        let sandbox = attachment(&request.network, &request.container_id, &request.ifname);
+        let answer = self
+            .reconciler
+            .add(&pod, namespace.as_ref(), place, &sandbox, deadline)
+            .await;
+        match answer {
+            Ok(Answer::Outside(why)) => Ok(outside(&why, timings)),
+            Ok(Answer::Enrolled { kernel, ztunnel }) => {
+                timings.kernel_us = micros(kernel);
+                timings.ztunnel_us = micros(ztunnel);
+                Ok(AddReply {
+                    enrolled: true,
+                    reason: "captured, and ztunnel serves it".to_owned(),
+                    timings,
+                })
+            }
+            Err(failure) => Err(refusal(&failure)),
+        }
+    }
+
     /// Finds the pod and its namespace: in what is watched, or by asking.
     async fn look_up(&self, named: &PodRef, deadline: Instant) -> Result<Known, Refusal> {
         loop {

@@ -11,6 +11,7 @@ use crate::{
     kernel::{pod::Policy, verify},
     model::Redirection,
     plan::pod::{Kernel, Observed, Wish, Ztunnel},
+    traces::Journey,
 };
 
 /// First pause after a failure.
@@ -69,6 +70,8 @@ pub(super) struct Entry<P> {
     pub(super) took: [Duration; 2],
     /// What was said last, so that it is not said again.
     pub(super) said: Option<String>,
+    /// What is being done for it, for whoever collects traces.
+    pub(super) journey: Journey,
 }
 
 /// A failure and what follows from it.
@@ -110,6 +113,7 @@ impl<P> Entry<P> {
             warnings: Vec::new(),
             took: [Duration::ZERO; 2],
             said: None,
+            journey: Journey::default(),
         }
     }
 

@@ -13,6 +13,7 @@ mod restore;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod traced;
 pub mod world;
 
 use std::{

@@ -227,6 +227,7 @@ impl<W: World> Reconciler<W> {
             match next(entry.wish, entry.observed(now)) {
                 Step::Done => {
                     entry.trouble = None;
+                    entry.journey.rests();
                     let unwritten = entry.wish == Wish::Out && entry.annotation.is_some();
                     let remembered = entry.ended || !entry.warnings.is_empty() || unwritten;
                     let needed = remembered && cluster.pods.contains_key(uid);

@@ -99,6 +99,7 @@ impl<W: World> Reconciler<W> {
                     // A further interface of the same pod goes and comes without the pod.
                     entry.sandbox.get_or_insert_with(|| sandbox.to_owned());
                     entry.busy = true;
+                    entry.journey.asked_for();
                     Some((entry.target.clone(), old))
                 }
             };

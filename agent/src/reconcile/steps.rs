@@ -150,6 +150,10 @@ impl<W: World> Reconciler<W> {
                 (Some(now), Some(then)) => !Arc::ptr_eq(now, then),
                 _ => false,
             };
+            let repair = job.repair.is_some();
+            let failure = outcome.as_ref().err();
+            let cookie = |place: &W::Place| self.inner.world.cookie(place);
+            entry.trace_step(job.step, repair, took, failure, cookie);
             match outcome {
                 // It is in another namespace by now: this says nothing about that one.
                 _ if moved => true,

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     error::{self, Error},
     objects::{self, Metadata},
+    outage::Outage,
     stats::{Stats, WELL_AGAIN},
     view::View,
 };
@@ -94,6 +95,7 @@ struct Trouble {
     pause: Option<Duration>,
     last: Option<Instant>,
     told: Option<Instant>,
+    outage: Outage,
 }
 
 impl Trouble {
@@ -108,6 +110,7 @@ impl Trouble {
             *self = Self::default();
         }
         self.last = Some(now);
+        self.outage.failed(what);
         let dead = error::is_dead_connection(e);
         if dead {
             stats.dead_connections.add();
@@ -122,6 +125,7 @@ impl Trouble {
             // 410: the place to go on from is no longer known. The next step lists anew.
             WatchError(status) if status.code == 410 => {
                 tracing::debug!(what, "watch fell behind; listing anew");
+                self.outage = Outage::default();
                 return Duration::ZERO;
             }
             WatchError(status) => Error::kube("watch", what, &kube::Error::Api(status.clone())),
@@ -131,6 +135,7 @@ impl Trouble {
             }
         };
         stats.set_trouble(what, Some(error.to_string()));
+        self.outage.because(&error);
         if !dead && self.told.is_none_or(|t| now - t > TELL_AGAIN) {
             self.told = Some(now);
             tracing::warn!(what, %error, "watch interrupted; what is known stays valid meanwhile");
@@ -148,6 +153,9 @@ impl Trouble {
         }
         if self.told.is_some() {
             tracing::info!(what, "watch goes on");
+        }
+        if self.last.is_some_and(|l| l.elapsed() <= WELL_AGAIN) {
+            std::mem::take(&mut self.outage).over();
         }
         *self = Self::default();
     }

@@ -10,6 +10,7 @@ pub mod events;
 mod follow;
 pub mod manifests;
 mod objects;
+mod outage;
 mod parse;
 mod policies;
 pub mod preflight;

@@ -57,6 +57,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if ne (int $agent.healthPort) 8000 }}{{ $_ := set $set "health-address" (printf ":%d" (int $agent.healthPort)) }}{{ end }}
 {{- if ne $agent.logLevel "info" }}{{ $_ := set $set "log-level" $agent.logLevel }}{{ end }}
 {{- if ne $agent.logFormat "text" }}{{ $_ := set $set "log-format" $agent.logFormat }}{{ end }}
+{{- with $agent.otlpEndpoint }}{{ $_ := set $set "otlp-endpoint" . }}{{ end }}
 {{- if $agent.disableSafeUpgrade }}{{ $_ := set $set "disable-safe-upgrade" "true" }}{{ end }}
 {{- if not $cni.install }}{{ $_ := set $set "cni-install" "false" }}{{ end }}
 {{- with $cni.confName }}{{ $_ := set $set "cni-conf-name" . }}{{ end }}
