@@ -14,7 +14,9 @@ pub enum Wish {
     In,
     /// Alive and out of the mesh.
     Out,
-    /// Gone, or ended for good: nothing of it needs capture or undoing.
+    /// Ended for good (a Job), and still shown: nothing of it needs capture or undoing, but it is not to be advertised.
+    Ended,
+    /// Gone: nothing of it needs capture or undoing.
     Gone,
 }
 
@@ -110,9 +112,10 @@ pub fn next(wish: Wish, so: Observed) -> Step {
         Wish::Out if so.ztunnel != Ztunnel::Untold => Step::Untell,
         Wish::Out if so.kernel == Kernel::Released => Step::Detach,
         Wish::Out => Step::Done,
-        Wish::Gone if so.kernel != Kernel::Out => Step::Forget,
-        Wish::Gone if so.ztunnel != Ztunnel::Untold => Step::Untell,
-        Wish::Gone => Step::Done,
+        Wish::Ended | Wish::Gone if so.kernel != Kernel::Out => Step::Forget,
+        Wish::Ended | Wish::Gone if so.ztunnel != Ztunnel::Untold => Step::Untell,
+        Wish::Ended if so.annotation.is_some() && !so.mute => Step::Annotate(None),
+        Wish::Ended | Wish::Gone => Step::Done,
     }
 }
 
@@ -235,14 +238,23 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_need_no_annotation() {
+    fn the_deleted_need_no_annotation_and_those_that_ended_lose_it() {
         assert_eq!(steps(Wish::Gone, SERVED), [Step::Forget, Step::Untell]);
+        assert_eq!(
+            steps(Wish::Ended, SERVED),
+            [Step::Forget, Step::Untell, Step::Annotate(None)]
+        );
+        let mute = Observed {
+            mute: true,
+            ..SERVED
+        };
+        assert_eq!(steps(Wish::Ended, mute), [Step::Forget, Step::Untell]);
     }
 
     #[test]
     fn every_state_comes_to_rest_where_it_should() {
         let annotations = [None, Some(Redirection::Pending), Some(Redirection::Enabled)];
-        for wish in [Wish::Keep, Wish::In, Wish::Out, Wish::Gone] {
+        for wish in [Wish::Keep, Wish::In, Wish::Out, Wish::Ended, Wish::Gone] {
             for kernel in [
                 Kernel::Out,
                 Kernel::Stale,
@@ -266,7 +278,7 @@ mod tests {
                         match wish {
                             Wish::In => assert_eq!(end, SERVED),
                             Wish::Keep => assert_eq!(end, so),
-                            Wish::Out | Wish::Gone => {
+                            Wish::Out | Wish::Ended | Wish::Gone => {
                                 assert_eq!(
                                     (end.kernel, end.ztunnel),
                                     (Kernel::Out, Ztunnel::Untold)

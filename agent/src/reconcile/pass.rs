@@ -228,10 +228,12 @@ impl<W: World> Reconciler<W> {
                 Step::Done => {
                     entry.trouble = None;
                     entry.journey.rests();
-                    let unwritten = entry.wish == Wish::Out && entry.annotation.is_some();
+                    let unwritten =
+                        matches!(entry.wish, Wish::Out | Wish::Ended) && entry.annotation.is_some();
                     let remembered = entry.ended || !entry.warnings.is_empty() || unwritten;
                     let needed = remembered && cluster.pods.contains_key(uid);
-                    if matches!(entry.wish, Wish::Out | Wish::Gone) && !needed {
+                    let leaves = matches!(entry.wish, Wish::Out | Wish::Ended | Wish::Gone);
+                    if leaves && !needed {
                         done.push(uid.clone());
                     }
                 }
@@ -301,7 +303,7 @@ impl<W: World> Reconciler<W> {
                 vec![why.to_string()],
             ),
             Membership::Out(why @ Reason::Ended) => {
-                (Some(Wish::Gone), None, why.to_string(), Vec::new())
+                (Some(Wish::Ended), None, why.to_string(), Vec::new())
             }
             Membership::Out(why) => (Some(Wish::Out), None, why.to_string(), Vec::new()),
         };
@@ -323,6 +325,8 @@ impl<W: World> Reconciler<W> {
             entry.annotation = annotation;
         }
         let wish = match wish {
+            // The runtime takes down the sandbox of a Job's pod, too.
+            Some(Wish::Ended) => Wish::Ended,
             _ if entry.ended => Wish::Gone,
             Some(wish) => wish,
             None => entry.wish,

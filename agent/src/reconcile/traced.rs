@@ -22,7 +22,7 @@ impl<P: fmt::Debug> Entry<P> {
             Wish::In if repair || self.journey.is("repair") => "repair",
             Wish::In => "enrol",
             Wish::Out => "un-enrol",
-            Wish::Gone => "let go",
+            Wish::Ended | Wish::Gone => "let go",
             Wish::Keep => return,
         };
         let Some(name) = name(step) else {

@@ -127,7 +127,7 @@ async fn pods_of_every_kind() {
         .unwrap();
     enrolled(&bed, &node, "static", &fixed).await;
 
-    // A Job: whichever way it ends, its namespace is let go.
+    // A Job: whichever way it ends, its namespace is let go, and nobody is told to reach it by HBONE any more.
     for (name, end) in [("job", "Succeeded"), ("crashed", "Failed")] {
         let gone = "culvert_unenrolments_total{reason=\"gone\"}";
         let before = node.metric(gone).unwrap();
@@ -143,6 +143,7 @@ async fn pods_of_every_kind() {
         node.until("let go", || Ok(!node.whole(&here)?)).unwrap();
         node.until("counted", || Ok(node.metric(gone)? > before))
             .unwrap();
+        annotated(&bed, name, None).await;
     }
     // Deleted, but its processes are still ending: what they send stays captured.
     bed.delete_pod("mesh", "init").await.unwrap();

@@ -97,7 +97,44 @@ async fn a_deleted_pod_is_forgotten_without_a_word_to_the_api() {
 async fn a_job_that_ended_is_let_go() {
     let stage = enrolled().await;
     stage.edit("a", |pod| pod.phase = Phase::Succeeded);
+    assert_eq!(
+        stage.soon().await,
+        ["forget shop/a", "untell shop/a", "annotate shop/a -"]
+    );
+    assert!(stage.reconciler.report().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_ended_while_no_agent_ran_loses_its_annotation() {
+    let stage = Stage::new();
+    stage.fail("annotate", 1, true);
+    stage.namespace("shop", Some("ambient"));
+    stage.edit("a", |pod| {
+        pod.phase = Phase::Failed;
+        drop(
+            pod.annotations
+                .insert(keys::REDIRECTION.into(), "enabled".into()),
+        );
+    });
+    assert_eq!(
+        stage.after(Duration::from_secs(2)).await,
+        ["annotate shop/a - failed", "annotate shop/a -"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_whose_sandbox_went_first_loses_its_annotation() {
+    let stage = enrolled().await;
+    let added = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 1, "s1", soon())
+        .await;
+    assert!(matches!(added, Ok(Answer::Enrolled { .. })), "{added:?}");
+    stage.soon().await;
+    assert!(stage.reconciler.del("s1"));
     assert_eq!(stage.soon().await, ["forget shop/a", "untell shop/a"]);
+    stage.edit("a", |pod| pod.phase = Phase::Succeeded);
+    assert_eq!(stage.soon().await, ["annotate shop/a -"]);
 }
 
 #[tokio::test(start_paused = true)]
