@@ -216,7 +216,22 @@ pub fn programs_using(maps: &BTreeSet<u32>) -> Result<BTreeSet<u32>> {
     Ok(found)
 }
 
+/// The kernel's hash over the instructions of each of these programs.
+pub fn program_tags(ids: &BTreeSet<u32>) -> Result<BTreeSet<[u8; 8]>> {
+    let mut tags = BTreeSet::new();
+    for id in ids {
+        let mut attr = [0; ATTR];
+        put(&mut attr, 0, &id.to_ne_bytes());
+        let fd = new_fd(PROG_FD_BY_ID, &mut attr).context("opening a program by its number")?;
+        let mut tag = [0; 8];
+        tag.copy_from_slice(&info(&fd)?[TAG..TAG + 8]);
+        tags.insert(tag);
+    }
+    Ok(tags)
+}
+
 /// Offsets in `struct bpf_prog_info`.
+const TAG: usize = 8;
 const NR_MAP_IDS: usize = 52;
 const MAP_IDS: usize = 56;
 

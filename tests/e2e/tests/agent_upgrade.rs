@@ -13,6 +13,7 @@ use culvert_lab::{Family, Server, connect, roundtrip};
 fn follow(node: &mut Governed, build: Option<PathBuf>) -> Result<()> {
     let maps = bpf::map_ids(&node.lab)?;
     let before = bpf::programs_using(&maps)?;
+    let code = bpf::program_tags(&before)?;
     node.agent()?.stop()?;
     node.agent = None;
     node.options = node.options.clone().binary(build);
@@ -31,6 +32,12 @@ fn follow(node: &mut Governed, build: Option<PathBuf>) -> Result<()> {
     ensure!(
         after.len() > kept && kept == 2,
         "{kept} programs kept, of {before:?}, now {after:?}"
+    );
+    // No other program of the one build is, instruction by instruction, one of the other's.
+    let new = bpf::program_tags(&(&after - &before))?;
+    ensure!(
+        new.len() > 1 && new.is_disjoint(&code),
+        "the same code: {new:02x?} of {code:02x?}"
     );
     Ok(())
 }

@@ -1,19 +1,12 @@
 //! Runs the real `culvert` binary against this lab. It asserts nothing about what the binary prints.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::ns::Place;
 use crate::{Child, Creds, Lab, Ns, paths};
-
-/// How an eBPF object begins: ELF, 64 bits, little-endian, version 1, eight unused bytes, relocatable, for BPF.
-const OBJECT: [u8; 20] = *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x01\0\xf7\0";
-/// One of the unused bytes.
-const UNUSED: usize = 15;
 
 /// How long a run may take that is to end by itself.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
@@ -70,31 +63,6 @@ impl Lab {
             .arg(self.cgroup())
             .args(args);
         command
-    }
-
-    /// A copy of the binary with another eBPF object in it: equal but for a byte that ELF leaves unused, so that its
-    /// number is another's and all that an upgrade replaces is replaced.
-    pub fn another_build(&self) -> Result<PathBuf> {
-        let from = culvert_binary()?;
-        let mut bytes = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
-        let starts: Vec<usize> = bytes
-            .windows(OBJECT.len())
-            .enumerate()
-            .filter_map(|(at, window)| (window == OBJECT).then_some(at))
-            .collect();
-        let [start] = starts[..] else {
-            bail!(
-                "{} eBPF objects in {}, not one",
-                starts.len(),
-                from.display()
-            );
-        };
-        bytes[start + UNUSED] ^= 1;
-        let to = self.scratch().join("another-culvert");
-        fs::write(&to, bytes)
-            .and_then(|()| fs::set_permissions(&to, fs::Permissions::from_mode(0o755)))
-            .with_context(|| format!("writing {}", to.display()))?;
-        Ok(to)
     }
 
     /// Runs `culvert` in the node's namespace, outside the lab's cgroup, with the lab's bpffs and cgroup.

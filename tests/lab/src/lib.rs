@@ -18,6 +18,7 @@
 //! `CULVERT_CNI_BIN` and `ZTUNNEL_STANDIN_BIN` name binaries elsewhere than beside the running one.
 
 mod agent;
+mod another;
 mod bpffs;
 mod capture;
 mod cgroup;
