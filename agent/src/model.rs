@@ -84,6 +84,24 @@ pub struct Pod {
     /// `spec.dnsConfig.nameservers`, where `spec.dnsPolicy` is `None`: all that its `resolv.conf` will name. Otherwise the
     /// kubelet adds others, and this is empty.
     pub nameservers: BTreeSet<IpAddr>,
+    /// Its condition [`keys::CAPTURED`], where it has one.
+    pub uncaptured: Option<Uncaptured>,
+}
+
+/// A pod's condition [`keys::CAPTURED`], which is `False` or not there: why it is not in the mesh though it asks for it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Uncaptured {
+    /// [`Self::REFUSED`] or [`Self::FAILING`].
+    pub reason: String,
+    /// In words, with the cure.
+    pub message: String,
+}
+
+impl Uncaptured {
+    /// It is of a kind that cannot be served.
+    pub const REFUSED: &str = "Refused";
+    /// It is tried again and again, in vain so far.
+    pub const FAILING: &str = "Failing";
 }
 
 /// What it takes to speak about a pod after it has left the view.
@@ -209,6 +227,8 @@ pub mod keys {
     pub const EXCLUDE_OUTBOUND_CIDRS: &str = "culvert.dev/exclude-outbound-cidrs";
     /// Annotation on pods or namespaces: the pod's own ports left alone.
     pub const EXCLUDE_INBOUND_PORTS: &str = "culvert.dev/exclude-inbound-ports";
+    /// Condition we write on pods that ask for the mesh and are not in it: [`Uncaptured`](super::Uncaptured).
+    pub const CAPTURED: &str = "culvert.dev/Captured";
     /// Annotation of static pods: their UID on the node.
     pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
     /// Annotation of pods in manifests: path of their network namespace.

@@ -4,6 +4,7 @@
 
 pub mod annotations;
 pub mod cilium;
+pub mod condition;
 pub mod membership;
 pub mod netns;
 pub mod network_policy;

@@ -6,7 +6,10 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::world::{Failure, Notice, Target};
+use super::{
+    condition::Condition,
+    world::{Failure, Notice, Target},
+};
 use crate::{
     kernel::{pod::Policy, verify},
     model::Redirection,
@@ -70,6 +73,7 @@ pub(super) struct Entry<P> {
     pub(super) took: [Duration; 2],
     /// What was said last, so that it is not said again.
     pub(super) said: Option<String>,
+    pub(super) condition: Condition,
     /// What is being done for it, for whoever collects traces.
     pub(super) journey: Journey,
 }
@@ -113,6 +117,7 @@ impl<P> Entry<P> {
             warnings: Vec::new(),
             took: [Duration::ZERO; 2],
             said: None,
+            condition: Condition::default(),
             journey: Journey::default(),
         }
     }
@@ -157,6 +162,7 @@ impl<P> Entry<P> {
             .into_iter()
             .filter_map(|t| t.as_ref()?.again)
             .chain(self.look_again.filter(|_| self.wish == Wish::In))
+            .chain(self.condition.again())
             .min()
     }
 
@@ -196,7 +202,7 @@ impl<P> Entry<P> {
 
 impl Trouble {
     /// Twice the pause each time, up to a cap.
-    fn after(before: Option<&Self>, failure: Failure, now: Instant) -> Self {
+    pub(super) fn after(before: Option<&Self>, failure: Failure, now: Instant) -> Self {
         let tries = before.map_or(0, |t| t.tries) + 1;
         let pause = FIRST_PAUSE
             .saturating_mul(1 << (tries - 1).min(10))
@@ -210,7 +216,7 @@ impl Trouble {
     }
 }
 
-fn is_due(trouble: Option<&Trouble>, now: Instant) -> bool {
+pub(super) fn is_due(trouble: Option<&Trouble>, now: Instant) -> bool {
     trouble.is_none_or(|t| t.again.is_some_and(|again| again <= now))
 }
 

@@ -23,7 +23,7 @@ use crate::{
         pod::{self, Detached, Policy},
         track, verify,
     },
-    model::{PodRef, PodUid, Redirection, keys},
+    model::{PodRef, PodUid, Redirection, Uncaptured, keys},
     watch::{self, Kind, Source},
     zds,
 };
@@ -302,6 +302,14 @@ impl World for Live {
                 // Refused by the API server's rules today may be allowed tomorrow, and peers would never learn of the pod.
                 retry: true,
             })
+    }
+
+    async fn condition(&self, target: &Target, to: Option<&Uncaptured>) -> Result<(), Failure> {
+        let written = self.source.set_uncaptured(&reference(target), to).await;
+        written.map(|_| ()).map_err(|error| Failure {
+            message: error.to_string(),
+            retry: true,
+        })
     }
 
     async fn say(&self, target: &Target, notice: Notice) {

@@ -3,6 +3,7 @@
 //! The only caller of both the watch and the kernel. Level-triggered: each pass compares what should be with what is,
 //! whatever it was that woke it; an annotation is an output. One pod that fails holds up no other.
 
+mod condition;
 mod entry;
 pub mod live;
 mod pass;

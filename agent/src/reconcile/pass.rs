@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::{
     Entry, Reconciler,
+    condition::Writing,
     steps::Goal,
     world::{Failure, Notice, Target, World},
 };
@@ -39,6 +40,7 @@ struct Todo {
     notices: Vec<(Target, Notice)>,
     drive: Vec<PodUid>,
     find: Vec<(Target, Vec<IpAddr>)>,
+    conditions: Vec<Writing>,
 }
 
 impl<W: World> Reconciler<W> {
@@ -58,6 +60,10 @@ impl<W: World> Reconciler<W> {
         for uid in todo.drive {
             let this = self.clone();
             tokio::spawn(async move { this.drive(&uid, Goal::Rest).await });
+        }
+        for writing in todo.conditions {
+            let this = self.clone();
+            tokio::spawn(async move { this.write_condition(writing).await });
         }
         if !todo.find.is_empty() {
             let this = self.clone();
@@ -213,6 +219,7 @@ impl<W: World> Reconciler<W> {
             notices,
             drive: Vec::new(),
             find: Vec::new(),
+            conditions: Self::conditions(&mut entries, now),
         };
         let mut done = Vec::new();
         for (uid, entry) in entries.iter_mut().filter(|(_, e)| !e.busy) {
@@ -230,6 +237,7 @@ impl<W: World> Reconciler<W> {
                     entry.journey.rests();
                     let unwritten =
                         matches!(entry.wish, Wish::Out | Wish::Ended) && entry.annotation.is_some();
+                    let unwritten = unwritten || entry.condition.stands();
                     let remembered = entry.ended || !entry.warnings.is_empty() || unwritten;
                     let needed = remembered && cluster.pods.contains_key(uid);
                     let leaves = matches!(entry.wish, Wish::Out | Wish::Ended | Wish::Gone);
@@ -309,7 +317,8 @@ impl<W: World> Reconciler<W> {
         };
         let member = wish == Some(Wish::In) || !warnings.is_empty();
         // Pods outside the mesh, most of them maybe, cost nothing.
-        if !entries.contains_key(&pod.uid) && !member && annotation.is_none() {
+        let marked = annotation.is_some() || pod.uncaptured.is_some();
+        if !entries.contains_key(&pod.uid) && !member && !marked {
             return;
         }
         let entry = entries
@@ -317,6 +326,7 @@ impl<W: World> Reconciler<W> {
             .or_insert_with(|| Entry::new(target(pod)));
         entry.ahead_of_watch = None;
         entry.new = false;
+        entry.condition.show(pod.uncaptured.as_ref());
         if entry.shown_annotation != annotation {
             if annotation.is_none() && entry.annotation.is_some() && wish == Some(Wish::In) {
                 notices.push((entry.target.clone(), Notice::Reannotated));

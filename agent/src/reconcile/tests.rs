@@ -29,7 +29,7 @@ use crate::{
         pod::Policy,
         verify::{Kind, Problem},
     },
-    model::{Cluster, Namespace, Phase, Pod, PodUid, Redirection, keys},
+    model::{Cluster, Namespace, Phase, Pod, PodUid, Redirection, Uncaptured, keys},
     plan::membership::Settings,
 };
 
@@ -43,6 +43,8 @@ struct Fake {
     places: Mutex<HashMap<PodUid, u32>>,
     captured: Mutex<BTreeMap<u32, Policy>>,
     connections: Mutex<usize>,
+    /// Conditions that were written.
+    conditions: Mutex<Vec<String>>,
     /// Namespaces with processes.
     inhabited: Mutex<BTreeSet<u32>>,
 }
@@ -135,6 +137,20 @@ impl World for Fake {
             "annotate {t} {}",
             value.map_or("-", Redirection::as_str)
         ))
+    }
+
+    async fn condition(&self, t: &Target, to: Option<&Uncaptured>) -> Result<(), Failure> {
+        let failure = {
+            let mut failures = self.failures.lock().unwrap();
+            failures.get_mut("condition").and_then(VecDeque::pop_front)
+        };
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        let text = to.map_or("-", |why| why.reason.as_str());
+        let mut conditions = self.conditions.lock().unwrap();
+        conditions.push(format!("{t} {text}"));
+        Ok(())
     }
 
     async fn say(&self, t: &Target, notice: Notice) {
@@ -263,6 +279,11 @@ impl Stage {
         self.reconciler.world()
     }
 
+    /// Conditions written since the last call.
+    fn conditions(&self) -> Vec<String> {
+        self.fake().conditions.lock().unwrap().drain(..).collect()
+    }
+
     fn fail(&self, verb: &'static str, times: usize, retry: bool) {
         let failure = Failure {
             message: format!("{verb} does not work"),
@@ -299,6 +320,7 @@ fn pod(uid: &str) -> Pod {
         deleting: false,
         addresses: ["10.0.0.1".parse().unwrap()].into(),
         nameservers: [].into(),
+        uncaptured: None,
     }
 }
 

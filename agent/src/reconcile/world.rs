@@ -10,7 +10,7 @@ use crate::{
         pod::Policy,
         verify::{Problem, Repair},
     },
-    model::{PodUid, Redirection},
+    model::{PodUid, Redirection, Uncaptured},
 };
 
 /// A pod as the verbs name it.
@@ -149,6 +149,14 @@ pub trait World: fmt::Debug + Send + Sync + 'static {
         &self,
         target: &Target,
         value: Option<Redirection>,
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Says by a condition of the pod why it is not in the mesh, or takes the condition away; a pod that is gone is no
+    /// failure.
+    fn condition(
+        &self,
+        target: &Target,
+        to: Option<&Uncaptured>,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 
     /// Says something about the pod.

@@ -11,10 +11,14 @@ use std::{
 };
 
 use futures::future::join_all;
-use k8s_openapi::api::{
-    apps::v1::DaemonSet,
-    core::v1::{ConfigMap, Namespace, Node},
-    networking::v1::NetworkPolicy,
+use k8s_openapi::{
+    api::{
+        apps::v1::DaemonSet,
+        core::v1::{ConfigMap, Namespace, Node},
+        networking::v1::NetworkPolicy,
+    },
+    apimachinery::pkg::apis::meta::v1::Time,
+    jiff::Timestamp,
 };
 use kube::{
     Client,
@@ -40,7 +44,7 @@ use super::{
     view::View,
 };
 use crate::{
-    model::{Cluster, Pod, PodRef, Redirection, keys},
+    model::{Cluster, Pod, PodRef, Redirection, Uncaptured, keys},
     plan::cilium::{CONFIG, Settings},
 };
 
@@ -206,7 +210,6 @@ impl Api {
 
     /// Tells istiod, by the pod's annotation, whether peers may speak HBONE to it; `None` takes the annotation away.
     pub async fn set_redirection(&self, pod: &PodRef, to: Option<Redirection>) -> Result<Written> {
-        let api = kube::Api::<objects::Pod>::namespaced(self.client.clone(), &pod.namespace);
         // With the UID, the server refuses to write to a successor of the same name.
         let patch = Patch::Merge(json!({
             "metadata": {
@@ -214,11 +217,40 @@ impl Api {
                 "annotations": { keys::REDIRECTION: to.map(Redirection::as_str) },
             }
         }));
+        self.patch_status("annotate pod", pod, &patch).await
+    }
+
+    /// Says by a condition of the pod why it is not in the mesh; `None` takes the condition away.
+    pub async fn set_uncaptured(&self, pod: &PodRef, to: Option<&Uncaptured>) -> Result<Written> {
+        let condition = match to {
+            Some(why) => json!({
+                "type": keys::CAPTURED,
+                "status": "False",
+                "reason": why.reason,
+                "message": why.message,
+                "lastTransitionTime": Time(Timestamp::now()),
+            }),
+            None => json!({ "$patch": "delete", "type": keys::CAPTURED }),
+        };
+        // A merge patch would replace all conditions, the kubelet's too; this one goes by their type.
+        let patch = Patch::Strategic(json!({
+            "metadata": { "uid": pod.uid.as_str() },
+            "status": { "conditions": [condition] },
+        }));
+        self.patch_status("write a condition of pod", pod, &patch)
+            .await
+    }
+
+    async fn patch_status(
+        &self,
+        what: &'static str,
+        pod: &PodRef,
+        patch: &Patch<serde_json::Value>,
+    ) -> Result<Written> {
+        let api = kube::Api::<objects::Pod>::namespaced(self.client.clone(), &pod.namespace);
         let params = PatchParams::default();
         let written = self
-            .ask("annotate pod", pod, || {
-                api.patch_status(&pod.name, &params, &patch)
-            })
+            .ask(what, pod, || api.patch_status(&pod.name, &params, patch))
             .await;
         match written {
             Ok(_) => Ok(Written::Done),

@@ -30,7 +30,7 @@ pub use self::{
     manifests::Manifests,
     removal::Standing,
 };
-use crate::model::{Cluster, Pod, PodRef, Redirection};
+use crate::model::{Cluster, Pod, PodRef, Redirection, Uncaptured};
 
 /// Where pods and namespaces come from.
 #[derive(Debug)]
@@ -74,6 +74,14 @@ impl Source {
             Self::Api(api) => api.set_redirection(pod, to).await,
             Self::Manifests(manifests) if manifests.set_redirection(pod, to) => Ok(Written::Done),
             Self::Manifests(_) => Ok(Written::Gone),
+        }
+    }
+
+    /// Says by the pod's condition why it is not in the mesh; `None` takes it away. Manifests have no status.
+    pub async fn set_uncaptured(&self, pod: &PodRef, to: Option<&Uncaptured>) -> Result<Written> {
+        match self {
+            Self::Api(api) => api.set_uncaptured(pod, to).await,
+            Self::Manifests(_) => Ok(Written::Done),
         }
     }
 

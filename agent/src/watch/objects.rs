@@ -12,7 +12,7 @@ use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::Obj
 use kube::Resource;
 use serde::{Deserialize, Deserializer};
 
-use crate::model::{self, Namespace, Phase, keys};
+use crate::model::{self, Namespace, Phase, Uncaptured, keys};
 
 /// A pod of the API or of a manifest.
 #[derive(Clone, Debug, Deserialize)]
@@ -51,6 +51,15 @@ pub(super) struct Status {
     pod_ip: Option<String>,
     #[serde(rename = "podIPs")]
     pod_ips: Option<Vec<PodIp>>,
+    conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    reason: Option<String>,
+    message: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -185,6 +194,16 @@ pub(super) fn pod(pod: Pod) -> Option<model::Pod> {
         },
         deleting: metadata.deletion_timestamp.is_some(),
         addresses: addresses(&status),
+        uncaptured: status.conditions.and_then(uncaptured),
+    })
+}
+
+fn uncaptured(conditions: Vec<Condition>) -> Option<Uncaptured> {
+    let mut conditions = conditions.into_iter();
+    let ours = conditions.find(|c| c.kind == keys::CAPTURED)?;
+    Some(Uncaptured {
+        reason: ours.reason.unwrap_or_default(),
+        message: ours.message.unwrap_or_default(),
     })
 }
 

@@ -47,7 +47,8 @@ pub const RULES: [Rule; 8] = [
         resource: "pods/status",
         names: &[],
         verbs: &["patch"],
-        why: "annotation ambient.istio.io/redirection, from which istiod knows that a pod speaks HBONE",
+        why: "annotation ambient.istio.io/redirection, from which istiod knows that a pod speaks HBONE; condition \
+              culvert.dev/Captured of pods that cannot be enrolled",
     },
     Rule {
         scope: Scope::Cluster,

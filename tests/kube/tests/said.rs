@@ -25,6 +25,23 @@ async fn event(bed: &Bed, namespace: &str, object: &str, reason: &str, text: &st
     .unwrap();
 }
 
+/// The pod's condition of ours says this reason, or there is none; the kubelet's stays.
+async fn condition(bed: &Bed, name: &str, reason: Option<&str>, text: &str) {
+    eventually(&format!("{name}'s condition is {reason:?}"), || async {
+        let pod = bed.pods("mesh").get(name).await?;
+        let all = pod.status.and_then(|s| s.conditions).unwrap_or_default();
+        let ours = all.iter().find(|c| c.type_ == "culvert.dev/Captured");
+        let said = ours.is_none_or(|c| {
+            let message = c.message.as_deref().unwrap_or_default();
+            c.status == "False" && c.last_transition_time.is_some() && message.contains(text)
+        });
+        let kept = all.iter().any(|c| c.type_ == "Ready" && c.status == "True");
+        Ok(kept && said && ours.and_then(|c| c.reason.as_deref()) == reason)
+    })
+    .await
+    .unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_that_cannot_be_served_and_why() {
     logs();
@@ -47,9 +64,9 @@ async fn pods_that_cannot_be_served_and_why() {
     let all = ["gvisor", "kata-qemu", "microvm", "runc", "odd"];
     for (i, name) in all.iter().enumerate() {
         let ip = format!("10.9.0.{i}");
-        bed.status("mesh", name, json!({"phase": "Running", "podIP": ip}))
-            .await
-            .unwrap();
+        let ready = json!([{"type": "Ready", "status": "True"}]);
+        let status = json!({"phase": "Running", "podIP": ip, "conditions": ready});
+        bed.status("mesh", name, status).await.unwrap();
     }
     let policy = |ports: &str| {
         format!(
@@ -73,6 +90,7 @@ async fn pods_that_cannot_be_served_and_why() {
         )
         .await;
         node.until_state("mesh", class, "refused").unwrap();
+        condition(&bed, class, Some("Refused"), "istio.io/dataplane-mode=none").await;
     }
     // The node's own runtime is none of them; that pod has no process here, and that is said.
     event(
@@ -83,6 +101,7 @@ async fn pods_that_cannot_be_served_and_why() {
         "no running process",
     )
     .await;
+    condition(&bed, "runc", Some("Failing"), "no running process").await;
     event(&bed, "mesh", "odd", "CulvertIgnored", "perhaps").await;
     event(
         &bed,
@@ -117,6 +136,18 @@ async fn pods_that_cannot_be_served_and_why() {
         .kubectl(&["delete", "networkpolicy", "only-http", "-n", "mesh"])
         .unwrap();
     node.until("gone", || Ok(!warns("only-http"))).unwrap();
+    // Whoever asks for the mesh no more needs no excuse, not even when it was another agent that gave it.
+    let none = json!({"labels": {"istio.io/dataplane-mode": "none"}});
+    bed.patch_pod("mesh", "gvisor", none.clone()).await.unwrap();
+    bed.patch_pod("mesh", "runc", none.clone()).await.unwrap();
+    condition(&bed, "gvisor", None, "").await;
+    condition(&bed, "runc", None, "").await;
+    node.stop_agent().unwrap();
+    bed.patch_pod("mesh", "microvm", none).await.unwrap();
+    condition(&bed, "microvm", Some("Refused"), "").await;
+    node.start_agent(&[]).unwrap();
+    condition(&bed, "microvm", None, "").await;
+    condition(&bed, "kata-qemu", Some("Refused"), "").await;
     node.stop_agent().unwrap();
 }
 

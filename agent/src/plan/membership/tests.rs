@@ -22,6 +22,7 @@ fn pod() -> Pod {
         deleting: false,
         addresses: ["11.1.1.12".parse().unwrap()].into(),
         nameservers: [].into(),
+        uncaptured: None,
     }
 }
 

@@ -114,6 +114,32 @@ async fn a_sandboxed_pod_is_refused_once() {
         stage.after(Duration::from_secs(30)).await,
         ["refused shop/a"]
     );
+    assert_eq!(stage.conditions(), ["shop/a Refused"]);
+    stage.namespace("shop", None);
+    stage.soon().await;
+    assert_eq!(stage.conditions(), ["shop/a -"]);
+    assert!(stage.reconciler.report().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_lasts_becomes_a_condition_until_it_is_over() {
+    let stage = Stage::new();
+    stage.place("a", 1);
+    stage.edit("a", |_| {});
+    stage.fail("tell", 8, true);
+    stage.fail("condition", 1, true);
+    stage.namespace("shop", Some("ambient"));
+    stage.after(Duration::from_secs(5)).await;
+    assert!(stage.conditions().is_empty(), "it may pass by itself");
+    stage.after(Duration::from_secs(20)).await;
+    // Written again where the API server refused it, and not once for each try.
+    assert_eq!(stage.conditions(), ["shop/a Failing"]);
+    let log = stage.after(Duration::from_secs(180)).await;
+    assert!(
+        log.contains(&"annotate shop/a enabled".to_owned()),
+        "{log:?}"
+    );
+    assert_eq!(stage.conditions(), ["shop/a -"]);
 }
 
 #[tokio::test(start_paused = true)]
