@@ -1,10 +1,5 @@
 //! An API server that was away leaves a trace at the collector, as long as it was away.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "test code: a step that fails is a test that fails"
-)]
-
 use std::{net::TcpListener, time::Duration};
 
 use culvert_collector::Collector;
@@ -15,7 +10,7 @@ const COLLECTOR: &str = "127.0.0.1:4317";
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_server_that_was_away() {
     logs();
-    let mut bed = Bed::start("traces").await.unwrap();
+    let bed = Bed::start("traces").await.unwrap();
     bed.namespace("mesh", mode("ambient")).await.unwrap();
     let mut node = Node::new("traces", &bed).unwrap();
     let listener = node.lab.node().run(|| TcpListener::bind(COLLECTOR));
