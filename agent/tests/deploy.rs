@@ -293,7 +293,9 @@ fn the_page_of_privileges() {
         )
         .unwrap();
     }
-    page += "\nWithout one of them the agent says so by its name in `/readyz` and in its log.\n";
+    page += "\nThe agent asks for each of them when it starts and names those it lacks, with what they are for: in its log, at \
+             `/readyz`\n(task `rights`) and in an event on its node, until they are granted. It works on as far as it goes \
+             without.\n";
     pages::same("deploy", "privileges.md", &page);
 }
 
