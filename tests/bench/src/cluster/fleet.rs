@@ -82,6 +82,34 @@ impl<'a> Fleet<'a> {
             })
     }
 
+    /// Makes them more or fewer.
+    pub(super) fn scale(&mut self, size: usize) -> Result<()> {
+        self.size = size;
+        let spec = json!({"spec": {"replicas": size}});
+        self.patch(&Patch::Merge(spec)).context("scaling")?;
+        self.settle()
+    }
+
+    /// The name of one of the pods.
+    pub(super) fn one_name(&self) -> Result<String> {
+        let pods = self.site.pods.of(NAMESPACE);
+        let one = pods.into_values().next().context("no pods")?;
+        Ok(one.name)
+    }
+
+    /// Fails unless all pods are captured, and served by ztunnel again.
+    pub(super) fn still_enrolled(&self) -> Result<()> {
+        let captured = self.site.captured(&self.node)?;
+        ensure!(
+            captured == self.size,
+            "of {} enrolled pods the kernel captures {captured}",
+            self.size
+        );
+        self.site.until("ztunnel serves all enrolled pods", || {
+            Ok(self.site.served(&self.node)?.len() == self.size)
+        })
+    }
+
     fn patch(&self, patch: &Patch<serde_json::Value>) -> Result<Deployment> {
         let api = Api::<Deployment>::namespaced(self.site.client.clone(), NAMESPACE);
         let params = PatchParams::default();

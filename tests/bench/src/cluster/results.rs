@@ -4,9 +4,12 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+use super::cost::{Asked, Cost, Idle};
 use super::flip::{Flips, Times};
+use super::others::Others;
 use super::roll::Rolls;
 use super::start::Starts;
+use crate::process::Memory;
 use crate::stats::Summary;
 
 /// Which of two is larger: so many times as long, or so many milliseconds more.
@@ -14,6 +17,10 @@ const START: (f64, f64) = (1.05, 20.0);
 const ROLL_RATIO: f64 = 1.03;
 const ENROL_S: f64 = 1.5;
 const RELEASE_S: f64 = 1.0;
+const REQUESTS_A_MINUTE: f64 = 2.0;
+const REQUESTS_A_POD: f64 = 2.0;
+const RSS_MIB: f64 = 20.0;
+const READY_S: f64 = 1.0;
 
 /// Everything measured; parts that were not asked for are missing.
 #[derive(Debug, Default)]
@@ -22,6 +29,10 @@ pub(super) struct Results {
     pub(super) starts: Option<Starts>,
     pub(super) flips: Option<Flips>,
     pub(super) rolls: Option<Rolls>,
+    pub(super) cost: Option<Cost>,
+    /// With so many pods enrolled, in seconds.
+    pub(super) restarts: Option<(usize, Summary)>,
+    pub(super) others: Option<Others>,
 }
 
 /// A number and what it has to be at most.
@@ -79,6 +90,49 @@ impl Results {
         if let Some(rolls) = &self.rolls {
             let what = format!("{} pods rolled out, inside over outside", rolls.pods);
             at_most(what, rolls.ratio.median, ROLL_RATIO, "");
+            let each = rolls.asked.each();
+            at_most(
+                "requests for a pod that starts in the mesh".into(),
+                each,
+                REQUESTS_A_POD,
+                "",
+            );
+        }
+        if let Some(Cost { enrolled, idle }) = &self.cost {
+            let pods = enrolled.pods;
+            let each = enrolled.each();
+            at_most(
+                "requests for a running pod enrolled".into(),
+                each,
+                REQUESTS_A_POD,
+                "",
+            );
+            let minute = idle.requests();
+            at_most(
+                "requests a minute, nothing changes".into(),
+                minute,
+                REQUESTS_A_MINUTE,
+                "",
+            );
+            let rss = mib(idle.memory.rss);
+            at_most(format!("resident, {pods} enrolled"), rss, RSS_MIB, "MiB");
+        }
+        if let Some((pods, ready)) = &self.restarts {
+            let what = format!("start to ready, {pods} enrolled, median");
+            at_most(what, ready.median, READY_S, "s");
+        }
+        if let Some(others) = &self.others {
+            let minute = others.idle.requests();
+            at_most(
+                "requests a minute, with all these".into(),
+                minute,
+                REQUESTS_A_MINUTE,
+                "",
+            );
+            let rss = mib(others.resident());
+            at_most("resident, with all these".into(), rss, RSS_MIB, "MiB");
+            let held = others.held as f64;
+            at_most("names of others' pods in its memory".into(), held, 0.0, "");
         }
         targets
     }
@@ -98,6 +152,9 @@ impl Results {
             "how": self.how,
             "starts": self.starts.as_ref().map(Starts::json),
             "rolls": self.rolls.as_ref().map(Rolls::json),
+            "cost": self.cost.as_ref().map(Cost::json),
+            "restarts": self.restarts.as_ref().map(|(pods, ready)| json!({"unit": "s", "pods": pods, "ready": ready.json()})),
+            "others": self.others.as_ref().map(Others::json),
             "flips": self.flips.as_ref().map(Flips::json),
             "targets": targets,
         })
@@ -186,6 +243,7 @@ impl Results {
                 out,
                 format_args!("\na Deployment of {pods} rolled out, {n} pairs: median (p10 to p90)"),
             );
+            asked(out, &rolls.asked);
             for (what, summary) in [
                 ("outside the mesh, s", &rolls.outside),
                 ("inside, s", &rolls.inside),
@@ -200,7 +258,105 @@ impl Results {
                 );
             }
         }
+        if let Some(Cost { enrolled, idle }) = &self.cost {
+            line(
+                out,
+                format_args!(
+                    "\n{} pods enrolled by their namespace's label",
+                    enrolled.pods
+                ),
+            );
+            asked(out, enrolled);
+            still(out, idle);
+        }
+        if let Some((pods, ready)) = &self.restarts {
+            line(
+                out,
+                format_args!(
+                    "\nnew agent, {pods} pods enrolled, {} times, from its process to /readyz: {:.2} s ({:.2} to {:.2})",
+                    ready.samples, ready.median, ready.p10, ready.p90
+                ),
+            );
+        }
+        if let Some(others) = &self.others {
+            let (namespaces, pods) = (others.namespaces, others.pods);
+            line(
+                out,
+                format_args!(
+                    "\nthe same with {namespaces} namespaces more and {pods} pods of other nodes"
+                ),
+            );
+            still(out, &others.idle);
+            memory(out, "resident, after a restart", &others.restarted);
+            line(
+                out,
+                format_args!(
+                    "  found in its memory: names of others' pods {}, of those that ask for the mesh {}, of one of its own {}",
+                    others.held, others.asking, others.own
+                ),
+            );
+        }
     }
+}
+
+fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
+}
+
+fn memory(out: &mut String, what: &str, memory: &Memory) {
+    let Memory {
+        rss,
+        anonymous,
+        file,
+        peak,
+    } = memory;
+    line(
+        out,
+        format_args!(
+            "  {what:34} {:8.2} MiB = anonymous {:.2} + file {:.2} (peak {:.2})",
+            mib(*rss),
+            mib(*anonymous),
+            mib(*file),
+            mib(*peak)
+        ),
+    );
+}
+
+fn asked(out: &mut String, asked: &Asked) {
+    let kinds: Vec<_> = asked
+        .kinds
+        .iter()
+        .map(|(what, count)| format!("{count} {what}"))
+        .collect();
+    line(
+        out,
+        format_args!(
+            "  requests a pod, {} pods            {:8.2} = {}",
+            asked.pods,
+            asked.each(),
+            kinds.join(", ")
+        ),
+    );
+}
+
+fn still(out: &mut String, idle: &Idle) {
+    line(
+        out,
+        format_args!(
+            "  nothing changes for {:.0} s: {:.2} % of a processor",
+            idle.seconds, idle.percent
+        ),
+    );
+    line(
+        out,
+        format_args!(
+            "  requests a minute                  {:8.2} = counted {:.2} + watches renewed {:.2}",
+            idle.requests(),
+            idle.asked,
+            idle.renewed
+        ),
+    );
+    memory(out, "resident", &idle.memory);
 }
 
 fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
