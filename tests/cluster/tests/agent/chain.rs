@@ -273,7 +273,11 @@ fn pods_with_ipv6_alone_are_served() {
     configured.write(|list| {
         list["cniVersion"] = "0.4.0".into();
         let ipam = &mut list["plugins"][0]["ipam"];
-        let six = ipam["ranges"][1].clone();
+        let mut six = ipam["ranges"][1].clone();
+        // Addresses that no pod had before: the node may still know a neighbour by one, and the bridge plugin tells it
+        // of no new one over IPv6.
+        let subnet = six[0]["subnet"].as_str().unwrap().to_owned();
+        six[0]["rangeStart"] = subnet.replace("::/64", "::6:0").into();
         ipam["ranges"] = json!([six]);
         ipam["routes"] = json!([{"dst": "::/0"}]);
     });
