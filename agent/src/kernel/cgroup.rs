@@ -31,6 +31,7 @@ pub fn find_root() -> Result<PathBuf> {
             "mount it with `mount -t cgroup2 none /sys/fs/cgroup` (or beside v1, at /sys/fs/cgroup/unified), or name a \
              directory with --cgroup-root",
         )
+        .for_now()
     })
 }
 

@@ -148,7 +148,8 @@ fn attach(node: &Node, current: bool) -> Result<Attached> {
                 path.display()
             ),
             ANOTHER,
-        )),
+        )
+        .for_now()),
     }
 }
 

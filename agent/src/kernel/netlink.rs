@@ -167,15 +167,13 @@ impl Rtnetlink {
                 return Ok(replies);
             }
         }
-        Err(Error {
-            retryable: true,
-            ..Error::wrong(
-                "list",
-                "rtnetlink",
-                "the tables keep changing while they are read",
-                "try again",
-            )
-        })
+        let error = Error::wrong(
+            "list",
+            "rtnetlink",
+            "the tables keep changing while they are read",
+            "try again",
+        );
+        Err(error.for_now())
     }
 
     /// Reads to the end of a dump; false when it was interrupted by a change.

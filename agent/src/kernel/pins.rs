@@ -103,7 +103,8 @@ impl Pins {
             "no bpffs is mounted there",
             "mount it on the host with `mount -t bpf bpf /sys/fs/bpf` (systemd does so by itself), or name another \
              with --bpffs",
-        ))
+        )
+        .for_now())
     }
 
     /// Makes the directory, takes the lock, waiting for whoever has it, and sweeps.

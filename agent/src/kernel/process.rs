@@ -188,7 +188,8 @@ fn slot_of(node: &Node, wanted: &PidNamespace) -> Result<u32> {
             "one more PID namespace",
             format!("processes of {MAX_PID_NAMESPACES} are named already"),
             "run the agent in the host's PID namespace (hostPID), where all of them count as one",
-        ));
+        )
+        .for_now());
     };
     maps.pid_namespaces.set(&slot, wanted)?;
     Ok(slot)
