@@ -5,30 +5,10 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admin::{Liveness, Metrics, labels::By, status::PodState},
-    kernel::{Node, track},
+    admin::{Liveness, Metrics, status::PodState},
+    kernel::Node,
     reconcile::{Reconciler, live::Live},
 };
-
-/// A pod was brought up to date by itself.
-pub(super) fn tracked(metrics: &Metrics, event: &track::Event) {
-    match event {
-        track::Event::Followed { cookie, changes } => {
-            tracing::info!(%cookie, changes = changes.join("; "), "the pod's interfaces or addresses changed");
-        }
-        track::Event::Repaired { cookie, repairs } => {
-            for repair in repairs {
-                metrics.repairs.get_or_create(&By(repair.kind.into())).inc();
-            }
-            let repairs: Vec<&str> = repairs.iter().map(|r| r.what.as_str()).collect();
-            tracing::warn!(%cookie, repairs = repairs.join("; "), "something of ours was changed in the pod and is as it was");
-        }
-        track::Event::Gone { .. } => {}
-        track::Event::Failed { cookie, error } => {
-            tracing::warn!(%cookie, %error, "keeping the pod up to date; it is tried again");
-        }
-    }
-}
 
 /// After each pass: how many pods stand how, and that the loop lives.
 pub(super) async fn keep(

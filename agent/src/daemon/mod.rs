@@ -12,6 +12,7 @@ mod probes;
 mod requests;
 mod rights;
 mod serving;
+mod tracking;
 mod ztunnels;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -26,7 +27,7 @@ use crate::{
     },
     cni_server,
     config::{Config, DnsScope, Loaded},
-    kernel::{LoadOptions, Netns, Node, memory, pod, track},
+    kernel::{LoadOptions, Netns, Node, memory, pod},
     plan::membership::{self, Settings},
     reconcile::{Options, Reconciler, live::Live, publish},
     traces,
@@ -117,16 +118,11 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
 
     let named = ztunnels::can_be_named();
     let (zds, events) = ztunnels::serve(&config, Arc::clone(&node), named)?;
-    let tracker = Arc::new({
-        let metrics = Arc::clone(&metrics);
-        track::Tracker::start(Arc::clone(&node), move |event| {
-            counting::tracked(&metrics, &event)
-        })?
-    });
+    let (tracker, tracked) = tracking::start(Arc::clone(&node))?;
     let memory = config.run_dir.join("captured.json");
     let live = Live {
         node: Arc::clone(&node),
-        tracker: Arc::clone(&tracker),
+        tracker: Arc::new(tracker),
         zds: zds.clone(),
         source: Arc::clone(&source),
         metrics: Arc::clone(&metrics),
@@ -148,6 +144,10 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         reconciler.clone(),
         Arc::clone(&metrics),
         end.clone(),
+    ));
+    tasks.spawn(until(
+        end.clone(),
+        tracking::tell(tracked, reconciler.clone(), Arc::clone(&metrics)),
     ));
     tasks.spawn(counting::keep(
         reconciler.clone(),

@@ -269,7 +269,7 @@ impl World for Live {
         if !listeners::complete(&self.node, &place)? {
             let (node, pid) = (Arc::clone(&self.node), self.fetch.then_some(acked.pid));
             blocking(move || fetch_listeners(&node, &place, pid)).await?;
-            self.repaired(RepairKind::Listeners);
+            self.say_and_count(target, Notice::Relistened);
         }
         Metrics::observe(
             &self.metrics.enrol_duration,

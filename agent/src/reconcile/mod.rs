@@ -14,6 +14,7 @@ mod restore;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod told;
 mod traced;
 pub mod world;
 

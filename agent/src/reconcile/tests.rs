@@ -156,6 +156,7 @@ impl World for Fake {
     async fn say(&self, t: &Target, notice: Notice) {
         let what = match notice {
             Notice::Repaired(_) => "repaired",
+            Notice::PutBack(_) => "put back",
             Notice::Reannotated => "reannotated",
             Notice::Refused(_) => "refused",
             Notice::Ignored(_) => "ignored",

@@ -69,6 +69,10 @@ pub enum Notice {
     Ended,
     /// Something of ours was missing and is back.
     Repaired(Repair),
+    /// These of ours in its network namespace had been taken away or changed, and are there again. They are counted.
+    PutBack(Vec<Repair>),
+    /// ztunnel listened in it and was not known to.
+    Relistened,
     /// Somebody took its annotation away, and it is written again.
     Reannotated,
     /// It cannot be enrolled, or not yet.

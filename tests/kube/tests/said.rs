@@ -6,7 +6,12 @@
     reason = "test code: a step that fails is a test that fails"
 )]
 
-use culvert_kube_tests::{Bed, LONG, NODE, eventually, logs, mode, node::Node, rbac};
+use culvert_kube_tests::{
+    Bed, LONG, NODE, eventually, logs, mode,
+    node::{Node, running},
+    rbac,
+};
+use culvert_lab::{Family, Rule};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::ListParams;
 use serde_json::json;
@@ -148,6 +153,50 @@ async fn pods_that_cannot_be_served_and_why() {
     node.start_agent(&[]).unwrap();
     condition(&bed, "microvm", None, "").await;
     condition(&bed, "kata-qemu", Some("Refused"), "").await;
+    node.stop_agent().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_takes_away_in_a_pod_is_put_back_and_said() {
+    logs();
+    let bed = Bed::start("said-repairs").await.unwrap();
+    bed.namespace("mesh", mode("ambient")).await.unwrap();
+    let mut node = Node::new("said-repairs", &bed).unwrap();
+    node.start_agent(&[]).unwrap();
+    node.until("ready", || Ok(node.status(&[])?.status.success()))
+        .unwrap();
+    node.start_ztunnel().unwrap();
+    for name in ["robbed", "beside"] {
+        let ns = node.lab.pod(name).unwrap();
+        let pod = bed.pod("mesh", name, NODE, json!({})).await.unwrap();
+        node.container(&pod.metadata.uid.unwrap(), "app", &ns)
+            .unwrap();
+        bed.status("mesh", name, running(&ns).unwrap())
+            .await
+            .unwrap();
+        node.until_state("mesh", name, "enrolled").unwrap();
+        if name == "robbed" {
+            let turn = Rule {
+                fwmark: Some((0x111, 0xff5)),
+                pref: Some(0),
+                ..Rule::fwmark(Family::V4, 0, 15001)
+            };
+            ns.del_rule(&turn).unwrap();
+        }
+    }
+    event(&bed, "mesh", "robbed", "CulvertRepaired", "0x111/0xff5").await;
+    assert!(
+        node.metric("culvert_repairs_total{kind=\"rules\"}")
+            .unwrap()
+            >= 1.0
+    );
+    let events = kube::Api::<Event>::namespaced(bed.admin.clone(), "mesh");
+    let all = events.list(&ListParams::default()).await.unwrap().items;
+    let beside = all.iter().filter(|e| {
+        e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some("beside")
+            && e.reason.as_deref() == Some("CulvertRepaired")
+    });
+    assert_eq!(beside.count(), 0, "nothing was taken from it");
     node.stop_agent().unwrap();
 }
 

@@ -49,6 +49,22 @@ impl Live {
                     format!("capture was repaired: {what}"),
                 )
             }
+            Notice::PutBack(what) => {
+                let what: Vec<&str> = what.iter().map(|r| r.what.as_str()).collect();
+                let note = format!(
+                    "what is ours in the pod's network namespace was taken away or changed by somebody, and is as it was: {}",
+                    what.join("; ")
+                );
+                (Kind::Warning, "CulvertRepaired", "Repair", note)
+            }
+            Notice::Relistened => {
+                self.repaired(RepairKind::Listeners);
+                let note = "ztunnel listened in the pod before the kernel's side could see it: its listeners were fetched \
+                            from its process";
+                // Nothing is wrong where a pod was ztunnel's before it was ours.
+                let kind = Kind::Normal;
+                (kind, "CulvertRepaired", "Repair", note.to_owned())
+            }
             Notice::Reannotated => {
                 self.repaired(RepairKind::Annotation);
                 let note = format!(

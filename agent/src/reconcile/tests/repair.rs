@@ -1,6 +1,7 @@
 //! What is undone behind the agent's back, and what an agent finds that has just begun.
 
 use super::*;
+use crate::kernel::verify::Repair;
 
 #[tokio::test(start_paused = true)]
 async fn what_was_undone_behind_its_back_is_repaired_within_a_period() {
@@ -30,6 +31,19 @@ async fn an_annotation_that_somebody_removed_is_written_again() {
         stage.soon().await,
         ["reannotated shop/a", "annotate shop/a enabled"]
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_put_back_in_a_namespace_is_said_about_the_pod_in_it() {
+    let stage = enrolled().await;
+    let rule = Repair {
+        kind: Kind::Rule,
+        what: "a rule".into(),
+    };
+    assert!(stage.reconciler.put_back(1, vec![rule.clone()]).await);
+    assert_eq!(stage.soon().await, ["put back shop/a"]);
+    assert!(!stage.reconciler.put_back(2, vec![rule]).await);
+    assert!(stage.soon().await.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
