@@ -4,6 +4,7 @@
 
 mod book;
 mod connections;
+pub mod installation;
 pub mod labels;
 mod listen;
 pub mod logging;
@@ -18,6 +19,7 @@ pub mod status;
 mod timing;
 pub mod verdicts;
 
+pub use installation::Installation;
 pub use logging::LogControl;
 pub use metrics::Metrics;
 pub use readiness::{Liveness, Readiness, Task};

@@ -6,7 +6,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admin::{Metrics, Task},
+    admin::{Installation, Metrics, Task, installation::Part},
     config::Config,
     install::{Installer, Options, State, Status},
     watch::{About, Kind, Notice, Source, Standing},
@@ -18,6 +18,7 @@ pub(super) async fn keep(
     source: Arc<Source>,
     metrics: Arc<Metrics>,
     task: Task,
+    installation: Installation,
     end: CancellationToken,
 ) {
     let installer = Arc::new(Installer::new(Options::from(&config)));
@@ -35,6 +36,13 @@ pub(super) async fn keep(
     loop {
         let now = status.borrow_and_update().clone();
         report(&source, &task, &before, &now);
+        match &now.state {
+            // With a plugin of an agent before this one in its place, pods go on starting.
+            State::Failed { error } if !installer.has_usable_plugin() => {
+                installation.broken(Part::Plugin, error.clone());
+            }
+            _ => installation.whole(Part::Plugin),
+        }
         before = now;
         tokio::select! {
             () = end.cancelled() => break,

@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     admin::{
-        self, Admin, Liveness, LogControl, Metrics, Readiness, Shutdown,
+        self, Admin, Installation, Liveness, LogControl, Metrics, Readiness, Shutdown,
         labels::{By, RepairKind},
     },
     cni_server,
@@ -119,6 +119,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     let named = ztunnels::can_be_named();
     let (zds, events) = ztunnels::serve(&config, Arc::clone(&node), named)?;
     let (tracker, tracked) = tracking::start(Arc::clone(&node))?;
+    let installation = Installation::default();
     let memory = config.run_dir.join("captured.json");
     let live = Live {
         node: Arc::clone(&node),
@@ -126,6 +127,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         zds: zds.clone(),
         source: Arc::clone(&source),
         metrics: Arc::clone(&metrics),
+        installation: installation.clone(),
         fetch: named,
     };
     let options = Options {
@@ -186,6 +188,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         source: Arc::clone(&source),
         cluster: cluster.clone(),
         settings,
+        installation: installation.clone(),
         home,
     });
     let counters = Arc::new(cni_server::Counters::default());
@@ -215,6 +218,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
             Arc::clone(&source),
             Arc::clone(&metrics),
             task,
+            installation,
             end.clone(),
         ));
     }

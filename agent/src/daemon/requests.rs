@@ -11,6 +11,7 @@ use culvert_cni::api::{
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
+    admin::Installation,
     cni_server::Handler,
     kernel::Netns,
     model::{Cluster, Namespace, Pod, PodUid},
@@ -34,6 +35,7 @@ pub(super) struct Requests {
     pub(super) source: Arc<Source>,
     pub(super) cluster: watch::Receiver<Cluster>,
     pub(super) settings: Settings,
+    pub(super) installation: Installation,
     /// Cookie of the node's own network namespace.
     pub(super) home: u64,
 }
@@ -103,7 +105,7 @@ impl Handler for Requests {
     fn status(&self) -> StatusReply {
         StatusReply {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            broken: None,
+            broken: self.installation.fault(),
         }
     }
 }

@@ -15,6 +15,7 @@ mod plan;
 mod watch;
 
 use std::{
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     sync::{Mutex, PoisonError},
 };
@@ -48,6 +49,13 @@ impl Installer {
     pub fn has_plugin(&self) -> bool {
         let program = self.options.bin_dir.join(PLUGIN);
         program.symlink_metadata().is_ok()
+    }
+
+    /// Whether what lies there can be run.
+    #[must_use]
+    pub fn has_usable_plugin(&self) -> bool {
+        let there = self.options.bin_dir.join(PLUGIN).metadata();
+        there.is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
     }
 
     /// What has to change for the plugin to be in place.

@@ -15,7 +15,8 @@ use std::{
 use super::world::{Failure, Left, Notice, Target, World};
 use crate::{
     admin::{
-        Metrics,
+        Installation, Metrics,
+        installation::Part,
         labels::{By, Outcome, RepairKind, Stage},
     },
     kernel::{
@@ -41,6 +42,8 @@ pub struct Live {
     pub source: Arc<Source>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What of it is broken beyond our mending.
+    pub installation: Installation,
     /// ztunnel's listeners are fetched from its process when they are not registered.
     pub fetch: bool,
 }
@@ -73,11 +76,13 @@ impl Live {
         repairs.get_or_create(&By(kind.into())).inc();
     }
 
-    /// The node's own programs are not as they were left: nothing is captured that they take part in.
-    async fn mend(&self, problems: &[String]) {
+    /// The node's own programs are not as they were left: nothing is captured that they take part in. With `vital`, one
+    /// is gone that every pod needs.
+    async fn mend(&self, problems: &[String], vital: bool) {
         let node = Arc::clone(&self.node);
         let (kind, note) = match blocking(move || node.mend()).await {
             Ok(mended) => {
+                self.installation.whole(Part::Programs);
                 self.repaired(verify::Kind::Program);
                 let note = format!(
                     "the node's programs were repaired ({}): {}",
@@ -88,6 +93,9 @@ impl Live {
             }
             Err(failure) => {
                 let note = format!("{}: {failure}", problems.join("; "));
+                if vital {
+                    self.installation.broken(Part::Programs, note.clone());
+                }
                 ("CulvertProgramsMissing", note)
             }
         };
@@ -339,13 +347,17 @@ impl World for Live {
                 Some((uid, problem))
             });
             let named: Vec<_> = named.collect();
+            let vital = uncaptured.is_some();
             let of_node: Vec<String> = of_node.into_iter().map(|p| p.what).collect();
-            Ok((named, of_node))
+            Ok((named, of_node, vital))
         });
         match checked.await {
-            Ok((named, of_node)) => {
+            Ok((named, of_node, vital)) => {
+                if !vital {
+                    self.installation.whole(Part::Programs);
+                }
                 if !of_node.is_empty() {
-                    self.mend(&of_node).await;
+                    self.mend(&of_node, vital).await;
                 }
                 named
             }

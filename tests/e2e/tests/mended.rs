@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use culvert_e2e::dns::{Resolver, ask};
 use culvert_e2e::{bpf, eventually, governed::Governed, traffic::talk};
 use culvert_lab::{Capture, Family, Ns, Server};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// How often the agent says it put the node's programs back.
 fn repairs(node: &Governed) -> Result<u64> {
@@ -100,5 +101,49 @@ fn a_program_for_lookups_that_was_taken_away_comes_back() -> Result<()> {
         whole(&node, [&a, &b])?;
     }
     ensure!(repairs(&node)? == 3, "repaired what was not broken");
+    Ok(())
+}
+
+/// Something else mounted over the pins, for as long as this lives.
+struct Hidden<'a>(&'a std::path::Path);
+
+impl<'a> Hidden<'a> {
+    fn new(dir: &'a std::path::Path) -> Result<Self> {
+        let none = None::<&str>;
+        mount(Some("none"), dir, Some("tmpfs"), MsFlags::empty(), none)?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Hidden<'_> {
+    fn drop(&mut self) {
+        let _gone = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn without_bpffs_the_plugins_status_fails_until_it_is_back() -> Result<()> {
+    let (node, [a, b]) = Governed::meshed("mended-bpffs", ["a", "b"])?;
+    let broken = || -> Result<serde_json::Value> {
+        Ok(node.agent()?.get("/v1/cni/status")?["broken"].clone())
+    };
+    ensure!(broken()?.is_null(), "{}", broken()?);
+    // Late or away is not broken.
+    node.ztunnel()?.kill()?;
+    let bpffs = node.lab.bpffs().to_path_buf();
+    let hidden = Hidden::new(&bpffs)?;
+    let since = std::time::Instant::now();
+    eventually("the plugin is told", || Ok(!broken()?.is_null()))?;
+    ensure!(
+        since.elapsed() >= std::time::Duration::from_secs(10),
+        "a fault of a moment takes no node out of service"
+    );
+    let said = broken()?.to_string();
+    ensure!(said.contains("no bpffs is mounted there"), "{said}");
+    drop(hidden);
+    eventually("it is whole again", || Ok(broken()?.is_null()))?;
+    for pod in [&a, &b] {
+        eventually("the pod is whole", || Ok(node.show(pod)?["whole"] == true))?;
+    }
     Ok(())
 }

@@ -237,9 +237,14 @@ impl Agent {
 
     /// What `GET /v1/status` says.
     pub fn status(&self) -> Result<Value> {
-        let body = get(&self.place.join("run/agent.sock"), "/v1/status")?;
+        self.get("/v1/status")
+    }
+
+    /// What it answers at its socket.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let body = get(&self.place.join("run/agent.sock"), path)?;
         serde_json::from_str(&body)
-            .with_context(|| format!("the agent's status is no JSON: {body}"))
+            .with_context(|| format!("{path} is answered by no JSON: {body}"))
     }
 
     /// State of one pod, `none` when the agent does not speak of it.
