@@ -146,7 +146,15 @@ impl Bound {
                 );
             }
         }
-        while loops.join_next().await.is_some() {}
+        while let Some(ended) = loops.join_next().await {
+            if !serving.stop.is_cancelled() {
+                let how = ended.err().map(|error| error.to_string());
+                let how = how.unwrap_or_else(|| "it ended".to_owned());
+                return Err(io::Error::other(format!(
+                    "an address is not served any more: {how}"
+                )));
+            }
+        }
         Ok(())
     }
 }

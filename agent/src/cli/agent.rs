@@ -61,8 +61,8 @@ fn start(global: &Global, args: &AgentArgs) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    runtime.block_on(daemon::run(loaded, log))?;
+    let ended = runtime.block_on(daemon::run(loaded, log));
     // What still blocks in the kernel is finished by the next agent.
     runtime.shutdown_background();
-    Ok(ExitCode::SUCCESS)
+    ended.map(|()| ExitCode::SUCCESS)
 }

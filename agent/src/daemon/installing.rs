@@ -46,7 +46,12 @@ pub(super) async fn keep(
         before = now;
         tokio::select! {
             () = end.cancelled() => break,
-            changed = status.changed() => if changed.is_err() { break },
+            changed = status.changed() => match changed {
+                Ok(()) => {}
+                Err(_) if end.is_cancelled() => break,
+                // It has died, and so does the agent: nothing is taken away for that.
+                Err(_) => return,
+            },
         }
     }
     if let Err(error) = work.await {

@@ -12,13 +12,13 @@ mod probes;
 mod requests;
 mod rights;
 mod serving;
+mod tasks;
 mod tracking;
 mod ztunnels;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     admin::{
@@ -34,6 +34,7 @@ use crate::{
     watch::{Manifests, Source, api, client},
     zds,
 };
+use tasks::Tasks;
 
 /// The loop is taken for dead when it has made no pass for this many periods.
 const MISSED_PASSES: u32 = 6;
@@ -55,7 +56,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     }
     let shutdown = Shutdown::on_signals(config.shutdown_timeout)?;
     let end = shutdown.token();
-    let tasks = TaskTracker::new();
+    let mut tasks = Tasks::new(end.clone());
     let metrics = Arc::new(Metrics::new());
     let readiness = Readiness::default();
     let liveness = Liveness::new(config.reconcile_period * MISSED_PASSES);
@@ -67,7 +68,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     };
     // Ports first: one that is taken ends this before anything has been changed.
     let bound = admin.bind(config.metrics_address, config.health_address)?;
-    tasks.spawn(serving::admin(bound, end.clone()));
+    tasks.keep("admin", serving::admin(bound, end.clone()));
     let listed = readiness.task("watch");
     listed.set_not_ready("pods and namespaces have not been listed yet");
     let programs = readiness.task("programs");
@@ -92,32 +93,41 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         .repairs
         .get_or_create(&By(RepairKind::Leftover))
         .inc_by(u64::try_from(leftovers).unwrap_or(0));
-    let _kubelet = probes::follow(&config, &node)?;
+    let kubelet = probes::follow(&config, &node)?;
+    if let Some(follower) = &kubelet {
+        tasks.keep_until_end("kubelet", follower.ended());
+    }
     programs.set_ready();
     let cluster = source.subscribe();
-    tasks.spawn(until(end.clone(), {
+    tasks.keep_until_end("watch", {
         let source = Arc::clone(&source);
         async move { source.run().await }
-    }));
+    });
 
     if config.pods.is_none() {
-        tasks.spawn(cilium::keep(
+        let cilium = cilium::keep(
             Arc::clone(&source),
             Arc::clone(&node),
             Arc::clone(&metrics),
             readiness.task("cilium"),
             end.clone(),
-        ));
-        tasks.spawn(rights::keep(
+        );
+        tasks.keep("cilium", cilium);
+        let rights = rights::keep(
             Arc::clone(&source),
             config.daemonset_namespace.clone(),
             readiness.task("rights"),
             end.clone(),
-        ));
+        );
+        tasks.keep("rights", rights);
     }
 
     let named = ztunnels::can_be_named();
     let (zds, events) = ztunnels::serve(&config, Arc::clone(&node), named)?;
+    tasks.keep_until_end("zds", {
+        let zds = zds.clone();
+        async move { zds.ended().await }
+    });
     let (tracker, tracked) = tracking::start(Arc::clone(&node))?;
     let installation = Installation::default();
     let memory = config.run_dir.join("captured.json");
@@ -141,39 +151,42 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         memory: Some(memory),
     };
     let reconciler = Reconciler::new(live, options, cluster.clone());
-    tasks.spawn(ztunnels::listen(
-        events,
-        reconciler.clone(),
-        Arc::clone(&metrics),
-        end.clone(),
-    ));
-    tasks.spawn(until(
-        end.clone(),
+    tasks.keep(
+        "ztunnels",
+        ztunnels::listen(
+            events,
+            reconciler.clone(),
+            Arc::clone(&metrics),
+            end.clone(),
+        ),
+    );
+    tasks.keep_until_end(
+        "tracker",
         tracking::tell(tracked, reconciler.clone(), Arc::clone(&metrics)),
-    ));
-    tasks.spawn(counting::keep(
-        reconciler.clone(),
-        Arc::clone(&metrics),
-        liveness,
-        end.clone(),
-    ));
+    );
+    tasks.keep(
+        "counting",
+        counting::keep(
+            reconciler.clone(),
+            Arc::clone(&metrics),
+            liveness,
+            end.clone(),
+        ),
+    );
     counting::verdicts(&metrics, &node);
     counting::probes(&metrics, &node);
-    tasks.spawn({
+    tasks.keep("reconciler", {
         let (reconciler, end) = (reconciler.clone(), end.clone());
         async move { reconciler.run(end).await }
     });
-    tasks.spawn(until(
-        end.clone(),
-        open_zds(reconciler.clone(), zds.clone()),
-    ));
-    tasks.spawn(until(
-        end.clone(),
+    tasks.once("opening", open_zds(reconciler.clone(), zds.clone()));
+    tasks.keep_until_end(
+        "readiness",
         show_watch(reconciler.clone(), Arc::clone(&source), listed),
-    ));
+    );
     let decisions = readiness.task("decision-file");
     decisions.set_ready();
-    tasks.spawn(publish::keep(
+    let published = publish::keep(
         config.decision_file.clone(),
         cluster.clone(),
         settings.clone(),
@@ -182,7 +195,8 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
             None => decisions.set_ready(),
             Some(error) => decisions.set_not_ready(format!("cannot be written: {error}")),
         },
-    ));
+    );
+    tasks.keep("decision-file", published);
     let requests = Arc::new(requests::Requests {
         reconciler: reconciler.clone(),
         source: Arc::clone(&source),
@@ -207,27 +221,25 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     )
     .merge(serving::status(status));
     let listener = cni_server::Listener::bind(&config.agent_socket)?;
-    tasks.spawn({
-        let end = end.clone();
-        async move { listener.serve(app, end.cancelled_owned()).await }
-    });
+    tasks.keep("plugin", listener.serve(app, end.clone().cancelled_owned()));
     if config.cni_install {
         let task = readiness.task("cni-installed");
-        tasks.spawn(installing::keep(
+        let installer = installing::keep(
             config.clone(),
             Arc::clone(&source),
             Arc::clone(&metrics),
             task,
             installation,
             end.clone(),
-        ));
+        );
+        tasks.keep("installer", installer);
     }
-    tasks.spawn(until(end.clone(), async {
+    tasks.keep_until_end("tidying", async {
         loop {
             tokio::time::sleep(TIDY).await;
             memory::give_back();
         }
-    }));
+    });
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         zds = %config.zds_socket.display(),
@@ -235,10 +247,12 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         ztunnel_named = named,
         "running"
     );
-    shutdown.requested().await;
-    tasks.close();
+    tokio::select! {
+        () = shutdown.requested() => {}
+        died = tasks.death() => return Err(died.into()),
+    }
     if !matches!(
-        shutdown.finish(tasks.wait()).await,
+        shutdown.finish(tasks.finish()).await,
         crate::admin::shutdown::Ended::Done(())
     ) {
         tracing::warn!("some work was left to the next agent");
@@ -247,14 +261,6 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         tokio::task::spawn_blocking(|| traces.finish()).await?;
     }
     Ok(())
-}
-
-/// Drops a future at the end.
-async fn until(end: CancellationToken, work: impl Future<Output = ()>) {
-    tokio::select! {
-        () = end.cancelled() => {}
-        () = work => {}
-    }
 }
 
 /// The node's programs, this build's; the cookie of the node's own namespace; how many leftovers were cleared away.

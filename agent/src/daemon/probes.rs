@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Config, ProbeSource},
@@ -31,17 +32,39 @@ pub(super) fn check(config: &Config) -> Result<()> {
     }
 }
 
-/// Follows the kubelet for as long as what is returned lives, if it is the kubelet that may vouch.
-pub(super) fn follow(config: &Config, node: &Arc<Node>) -> Result<Option<Follower>> {
+/// The thread that follows the kubelet, for as long as this lives.
+pub(super) struct Following {
+    _follower: Follower,
+    ended: CancellationToken,
+}
+
+impl Following {
+    /// Returns when the thread is over, however that comes about.
+    pub(super) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.ended.clone().cancelled_owned()
+    }
+}
+
+/// Follows the kubelet, if it is the kubelet that may vouch.
+pub(super) fn follow(config: &Config, node: &Arc<Node>) -> Result<Option<Following>> {
     if config.probe_source != ProbeSource::Kubelet {
         return Ok(None);
     }
     let names = config.kubelet_names.iter().cloned().collect();
-    let follower = Follower::start(Arc::clone(node), names, |force| match force {
-        InForce::Processes { pids } => {
-            tracing::info!(?pids, "the kubelet's probes pass by ztunnel")
+    let ended = CancellationToken::new();
+    // Goes with the thread, be it by a panic.
+    let thread = ended.clone().drop_guard();
+    let follower = Follower::start(Arc::clone(node), names, move |force| {
+        let _held = &thread;
+        match force {
+            InForce::Processes { pids } => {
+                tracing::info!(?pids, "the kubelet's probes pass by ztunnel");
+            }
+            InForce::Nobody { why } => tracing::warn!(why, "nobody's probes pass by ztunnel"),
         }
-        InForce::Nobody { why } => tracing::warn!(why, "nobody's probes pass by ztunnel"),
     })?;
-    Ok(Some(follower))
+    Ok(Some(Following {
+        _follower: follower,
+        ended,
+    }))
 }

@@ -34,6 +34,8 @@ pub struct Server(Arc<Handle>);
 struct Handle {
     shared: Arc<Shared>,
     _stop: DropGuard,
+    /// Nobody listens any more.
+    ended: CancellationToken,
 }
 
 /// A namespace, told from others by what the kernel calls it: we hold it open, so the number is not used again.
@@ -123,12 +125,27 @@ impl Server {
         });
         let stop = CancellationToken::new();
         let admit: Admit = Arc::new(admit);
-        tokio::spawn(listen(Arc::clone(&shared), listener, admit, stop.clone()));
+        let ended = CancellationToken::new();
+        tokio::spawn({
+            // Goes with the task, be it by a panic.
+            let task = ended.clone().drop_guard();
+            let (shared, stop) = (Arc::clone(&shared), stop.clone());
+            async move {
+                listen(shared, listener, admit, stop).await;
+                drop(task);
+            }
+        });
         let handle = Handle {
             shared,
             _stop: stop.drop_guard(),
+            ended,
         };
         Ok((Self(Arc::new(handle)), receiver))
+    }
+
+    /// Returns when nobody listens for ztunnels any more: never, while there is a handle and all is well.
+    pub async fn ended(&self) {
+        self.0.ended.cancelled().await;
     }
 
     /// The node's pods are listed and their namespaces were looked for: from now on ztunnels get their snapshots.
