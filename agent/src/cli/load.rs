@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use culvert::kernel::{Node, node};
+use culvert::kernel::{LoadOptions, Node, node};
 use serde_json::json;
 
 use super::{
@@ -11,7 +11,11 @@ use super::{
 };
 
 pub(crate) fn load(global: &Global) -> anyhow::Result<ExitCode> {
-    let (_, report) = Node::load(&global.load_options())?;
+    let options = LoadOptions {
+        at_home: true,
+        ..global.load_options()
+    };
+    let (_, report) = Node::load(&options)?;
     print(global.output, &report, |report| {
         let mut rows = vec![row![
             "PROGRAM",

@@ -56,6 +56,7 @@ impl Global {
             cgroup_root: self.cgroup_root.clone(),
             dns_cgroup: self.dns_cgroup.clone(),
             probe_source: None,
+            at_home: false,
         }
     }
 }

@@ -270,6 +270,7 @@ async fn load(config: &Config) -> Result<(Arc<Node>, u64, usize)> {
         cgroup_root: config.cgroup_root.clone(),
         dns_cgroup: config.dns_cgroup.clone(),
         probe_source: Some(probes::source(config.probe_source)),
+        at_home: true,
     };
     tokio::task::spawn_blocking(move || {
         let (node, report) = Node::load(&options)?;

@@ -39,6 +39,9 @@ pub struct LoadOptions {
     pub dns_cgroup: Option<PathBuf>,
     /// Who may vouch for probes, `PROBES_*`; none = as it is, [`PROBES_NODE`] at first.
     pub probe_source: Option<u32>,
+    /// The caller is in the node's own network namespace: from now on that is the one, whichever was taken for it when
+    /// the maps were made.
+    pub at_home: bool,
 }
 
 /// The node's maps and programs, as long as this process has them open.
@@ -288,6 +291,7 @@ impl Node {
         let wanted = Config {
             object_id: object::id(),
             probe_source: options.probe_source.unwrap_or(config.probe_source),
+            node_cookie: node.home(options, &config)?,
             ..config
         };
         if wanted != config {
@@ -295,6 +299,24 @@ impl Node {
             node.maps.config.set(&0, &config)?;
         }
         Ok((node, report))
+    }
+
+    /// The cookie of the node's own namespace, as far as the caller can tell.
+    fn home(&self, options: &LoadOptions, config: &Config) -> Result<u64> {
+        let here = Netns::current()?.cookie();
+        // Somebody may have entered a pod to call us.
+        if !options.at_home
+            || here.0 == config.node_cookie
+            || self.maps.pods.get(&here.0)?.is_some()
+        {
+            return Ok(config.node_cookie);
+        }
+        tracing::warn!(
+            before = %NetnsCookie(config.node_cookie),
+            now = %here,
+            "another network namespace was taken for the node's own: probes from the node were not vouched for"
+        );
+        Ok(here.0)
     }
 
     /// The maps.

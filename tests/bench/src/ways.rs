@@ -109,6 +109,7 @@ pub(crate) fn load(lab: &Lab) -> Result<Node> {
         cgroup_root: Some(lab.cgroup().to_owned()),
         dns_cgroup: None,
         probe_source: None,
+        at_home: true,
     };
     lab.node().run(|| {
         let (node, _) = Node::load(&options)?;

@@ -32,6 +32,7 @@ fn load(lab: &Lab) -> Arc<Node> {
         cgroup_root: Some(lab.cgroup().to_path_buf()),
         dns_cgroup: None,
         probe_source: None,
+        at_home: true,
     };
     let (node, _) = lab.node().run(|| Node::load(&options)).unwrap();
     Arc::new(node)
