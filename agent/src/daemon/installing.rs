@@ -1,8 +1,8 @@
 //! The plugin's place on the host while the agent runs, and the question what becomes of it when the agent ends.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -54,10 +54,11 @@ pub(super) async fn keep(
             },
         }
     }
+    let until = Instant::now() + for_asking(config.shutdown_timeout);
     if let Err(error) = work.await {
         tracing::error!(%error, "the installer did not end well");
     }
-    if let Some(why) = removal(&config, &source).await {
+    if let Some(why) = removal(&config, &source, until).await {
         tracing::warn!(
             why,
             "taking the plugin and its configuration away; running pods stay captured"
@@ -105,8 +106,21 @@ fn report(source: &Source, task: &Task, before: &Status, now: &Status) {
     }
 }
 
+/// Of the time for ending, how much may pass before it is known what becomes of everything. The rest is for taking it away.
+fn for_asking(all: Duration) -> Duration {
+    all * 2 / 3
+}
+
+/// The answer, if it comes in time.
+async fn in_time(asked: impl Future<Output = Standing>, until: Instant) -> Standing {
+    let answer = tokio::time::timeout_at(until, asked).await;
+    answer.unwrap_or_else(|_| {
+        Standing::Unknown("the API server has not answered in time to act upon it".to_owned())
+    })
+}
+
 /// Why everything is to be taken away; none to leave it for the next agent.
-async fn removal(config: &Config, source: &Source) -> Option<String> {
+async fn removal(config: &Config, source: &Source, until: Instant) -> Option<String> {
     if config.disable_safe_upgrade {
         return Some("safe upgrades are switched off".to_owned());
     }
@@ -119,7 +133,7 @@ async fn removal(config: &Config, source: &Source) -> Option<String> {
         );
         return None;
     };
-    match api.standing(namespace, &config.daemonset_name).await {
+    match in_time(api.standing(namespace, &config.daemonset_name), until).await {
         Standing::Removed(why) => Some(why),
         Standing::Stays => None,
         Standing::Unknown(why) => {
@@ -129,5 +143,27 @@ async fn removal(config: &Config, source: &Source) -> Option<String> {
             );
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_waited_for_no_longer_than_leaves_time_to_act_upon_it() {
+        let all = Duration::from_secs(10);
+        let started = Instant::now();
+        let until = started + for_asking(all);
+        let gone = Standing::Removed("gone".to_owned());
+        let slow = async {
+            // A request over a connection that has died, and the one after it.
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            gone.clone()
+        };
+        assert_eq!(in_time(slow, until).await, gone);
+        let never = in_time(std::future::pending(), until).await;
+        assert!(matches!(never, Standing::Unknown(_)), "{never:?}");
+        assert!(started.elapsed() <= all - Duration::from_secs(3));
     }
 }

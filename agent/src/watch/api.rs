@@ -278,9 +278,13 @@ impl Api {
     pub async fn standing(&self, namespace: &str, name: &str) -> Standing {
         let daemonsets = kube::Api::<DaemonSet>::namespaced(self.client.clone(), namespace);
         let object = format!("{namespace}/{name}");
-        let daemonset = self
-            .ask("read DaemonSet", &object, || daemonsets.get_opt(name))
-            .await;
+        let nodes = kube::Api::<Node>::all(self.client.clone());
+        let own = &self.options.node;
+        // Both at once: whoever asks is about to end, and each may meet a connection that has died.
+        let (daemonset, node) = tokio::join!(
+            self.ask("read DaemonSet", &object, || daemonsets.get_opt(name)),
+            self.ask("read node", own, || nodes.get_opt(own)),
+        );
         let daemonset = match daemonset {
             Ok(Some(daemonset)) => daemonset,
             Ok(None) => return Standing::Removed("its DaemonSet is gone".into()),
@@ -289,9 +293,7 @@ impl Api {
         if let Some(standing) = removal::without_node(&daemonset) {
             return standing;
         }
-        let nodes = kube::Api::<Node>::all(self.client.clone());
-        let node = &self.options.node;
-        match self.ask("read node", node, || nodes.get_opt(node)).await {
+        match node {
             Ok(Some(node)) => removal::on_node(&daemonset, &node),
             Ok(None) => Standing::Removed("its node is gone".into()),
             Err(e) => removal::unanswered(e),
