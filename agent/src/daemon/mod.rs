@@ -8,6 +8,7 @@ mod cilium;
 mod counting;
 pub mod failed;
 mod installing;
+mod lock;
 mod probes;
 mod requests;
 mod rights;
@@ -66,7 +67,9 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         metrics: Arc::clone(&metrics),
         log,
     };
-    // Ports first: one that is taken ends this before anything has been changed.
+    // Before all else; an agent that is ending gives its ports back before this.
+    let _lock = lock::Lock::take(&config.run_dir).await?;
+    // Then ports: one that is taken ends this before anything has been changed.
     let bound = admin.bind(config.metrics_address, config.health_address)?;
     tasks.keep("admin", serving::admin(bound, end.clone()));
     let listed = readiness.task("watch");

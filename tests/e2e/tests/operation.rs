@@ -247,6 +247,25 @@ fn an_agent_that_cannot_work_says_why_and_ends() {
         "{said}"
     );
 
+    // The same run directory, everything else its own.
+    let ports = [
+        "--metrics-address",
+        "127.0.0.1:15099",
+        "--health-address",
+        "127.0.0.1:8099",
+    ];
+    let same = host.agent(Creds::Root, &ports).unwrap();
+    assert!(!same.wait(LONG).unwrap().success());
+    let said = same.stderr();
+    assert!(
+        said.contains(&format!("process {},", first.pid())) && said.contains("--run-dir"),
+        "{said}"
+    );
+    // One that is killed leaves no lock behind.
+    first.kill().unwrap();
+    let next = host.agent(Creds::Root, &[]).unwrap();
+    host.wait_ready().unwrap();
+
     let wrong = [
         "agent",
         "--ztunnel-grace",
@@ -260,8 +279,8 @@ fn an_agent_that_cannot_work_says_why_and_ends() {
     for text in ["ztunnel-grace (flag)", "ipv6 (flag)", "pods (flag)"] {
         assert!(wrong.stderr.contains(text), "{wrong:?}");
     }
-    first.term().unwrap();
-    assert!(first.wait(LONG).unwrap().success());
+    next.term().unwrap();
+    assert!(next.wait(LONG).unwrap().success());
 }
 
 #[test]
