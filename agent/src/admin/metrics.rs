@@ -29,6 +29,10 @@ use super::{
 pub struct Metrics {
     /// ztunnels that are connected.
     pub ztunnel_connected: Gauge,
+    /// Files that the ztunnel nearest its limit has open.
+    pub ztunnel_open_files: Gauge,
+    /// And how many it may.
+    pub ztunnel_open_files_limit: Gauge,
     /// How long they took.
     pub cni_duration: Histograms<By<CniCommand>>,
     /// Pods that are to be enrolled.
@@ -94,6 +98,16 @@ impl Metrics {
                 "ztunnel_connected",
                 Stable,
                 "ztunnels connected to this agent",
+            ),
+            ztunnel_open_files: book.gauge(
+                "culvert_ztunnel_open_files",
+                Stable,
+                "Files that a connected ztunnel has open, of several that which is nearest its limit",
+            ),
+            ztunnel_open_files_limit: book.gauge(
+                "culvert_ztunnel_open_files_limit",
+                Stable,
+                "Files that this ztunnel may have open; 0 while none is connected",
             ),
             cni_duration: book.histograms(
                 "culvert_cni_request_duration_seconds",

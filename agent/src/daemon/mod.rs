@@ -7,6 +7,7 @@ mod added;
 mod cilium;
 mod counting;
 pub mod failed;
+mod headroom;
 mod installing;
 mod lock;
 mod probes;
@@ -131,6 +132,16 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         let zds = zds.clone();
         async move { zds.ended().await }
     });
+    let files = readiness.task("ztunnel-files");
+    tasks.keep_until_end(
+        "headroom",
+        headroom::keep(
+            zds.clone(),
+            Arc::clone(&source),
+            Arc::clone(&metrics),
+            files,
+        ),
+    );
     let (tracker, tracked) = tracking::start(Arc::clone(&node))?;
     let installation = Installation::default();
     let memory = config.run_dir.join("captured.json");

@@ -20,6 +20,7 @@ mod netlink;
 pub mod netns;
 pub mod node;
 pub mod object;
+pub mod open_files;
 mod own_proc;
 pub mod pins;
 pub mod pod;
