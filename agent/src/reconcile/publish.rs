@@ -25,6 +25,8 @@ use crate::{
 
 /// An unchanged file is written anew this often, so that its age tells when the agent last ran.
 const REFRESH: Duration = Duration::from_secs(300);
+/// After a write that failed, the next.
+const RETRY: Duration = Duration::from_secs(5);
 /// Changes closer together than this are written as one.
 const GATHER: Duration = Duration::from_millis(200);
 
@@ -63,6 +65,7 @@ pub async fn keep(
 ) {
     let mut published: Option<(Decisions, Instant)> = None;
     loop {
+        let mut pause = REFRESH;
         let now = {
             let cluster = cluster.borrow_and_update();
             (cluster.listed && cluster.opted_in_listed).then(|| decisions(&cluster, &settings))
@@ -77,23 +80,36 @@ pub async fn keep(
                     ) == (now.custom_selectors, &now.excluded, &now.namespaces)
             });
             if !same {
-                let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-                match made.and_then(|()| now.publish(&path)) {
-                    Ok(()) => {
-                        published = Some((now, Instant::now()));
+                match write(path.clone(), now).await {
+                    Ok(written) => {
+                        published = Some((written, Instant::now()));
                         failed(None);
                     }
-                    Err(error) => failed(Some(error)),
+                    Err(error) => {
+                        pause = RETRY;
+                        failed(Some(error));
+                    }
                 }
             }
         }
         tokio::select! {
             () = end.cancelled() => return,
             changed = cluster.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(REFRESH) => {}
+            () = tokio::time::sleep(pause) => {}
         }
         tokio::time::sleep(GATHER).await;
     }
+}
+
+/// Writes the decisions, and gives them back. A disk that is busy takes seconds to say that they are there.
+async fn write(path: PathBuf, decisions: Decisions) -> io::Result<Decisions> {
+    let write = move || {
+        path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+        decisions.publish(&path)?;
+        Ok(decisions)
+    };
+    let written = tokio::task::spawn_blocking(write).await;
+    written.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// A captured pod, for the next agent.
@@ -167,5 +183,39 @@ mod tests {
             ]
             .into()
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_that_failed_is_tried_again_soon() {
+        let dir = std::env::temp_dir().join(format!("culvert-publish-{}", std::process::id()));
+        let path = dir.join("below/decisions.json");
+        // Where a directory has to be made, there is a file.
+        std::fs::write(&dir, "in the way").unwrap();
+        let (outcomes, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let cluster = watch::Sender::new(Cluster {
+            listed: true,
+            opted_in_listed: true,
+            ..Cluster::default()
+        });
+        let end = CancellationToken::new();
+        let kept = tokio::spawn(keep(
+            path.clone(),
+            cluster.subscribe(),
+            Settings::default(),
+            end.clone(),
+            move |error| {
+                let _heard = outcomes.send(error.is_none());
+            },
+        ));
+        assert_eq!(heard.recv().await, Some(false));
+        assert_eq!(heard.recv().await, Some(false));
+        std::fs::remove_file(&dir).unwrap();
+        let started = Instant::now();
+        assert_eq!(heard.recv().await, Some(true));
+        assert!(started.elapsed() < Duration::from_secs(10));
+        assert!(path.exists());
+        end.cancel();
+        kept.await.unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }
