@@ -3,13 +3,15 @@
 //! `--pods PATH` names a file or a directory (`*.yaml`, `*.yml`, `*.json`) of `Pod`, `Namespace` and `List` manifests.
 //! Beyond what Kubernetes asks for, a pod needs `status.podIPs` and, as no container runtime tells, the annotation
 //! `culvert.dev/netns` with the path of its network namespace. Without `metadata.uid` it gets one made from its
-//! namespace and name. A namespace without a manifest exists, without labels. Nothing is ever written to these files:
-//! what would be annotated is kept in memory.
+//! namespace and name. A namespace without a manifest exists, without labels. Only regular files of up to 1 MiB are read.
+//! Nothing is ever written to them: what would be annotated is kept in memory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
-    fmt, fs, io,
+    fmt, fs,
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -29,6 +31,9 @@ const REREAD: Duration = Duration::from_secs(5);
 /// A file that was just touched may still be being written: wait for this much quiet, but not for ever.
 const QUIET: Duration = Duration::from_millis(20);
 const LONGEST_WAIT: Duration = Duration::from_millis(200);
+
+/// Longest file that is read: some thousand pods.
+const LONGEST: u64 = 1024 * 1024;
 
 /// A directory of manifests, or one file.
 #[derive(Debug)]
@@ -256,7 +261,7 @@ impl File {
             line,
             what: format!("{what}; what this file said before stays"),
         };
-        let read = fs::read_to_string(path).map_err(|e| wrong(0, e.to_string()));
+        let read = text(path).map_err(|what| wrong(0, what));
         let read = read.and_then(|text| parse::content(&text).map_err(|e| wrong(e.line, e.what)));
         match read {
             Ok(content) => {
@@ -268,6 +273,23 @@ impl File {
         self.stamp = now;
         true
     }
+}
+
+/// What a file says, or why it is not read.
+fn text(path: &Path) -> Result<String, String> {
+    let mut options = fs::OpenOptions::new();
+    // A pipe without a writer would be waited for.
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|e| e.to_string())?;
+    if !file.metadata().map_err(|e| e.to_string())?.is_file() {
+        return Err("this is no regular file: put one in its place, or take it away".to_owned());
+    }
+    let mut bytes = Vec::new();
+    let read = file.take(LONGEST + 1).read_to_end(&mut bytes);
+    if read.map_err(|e| e.to_string())? as u64 > LONGEST {
+        return Err("it is longer than 1 MiB: split it into several files".to_owned());
+    }
+    String::from_utf8(bytes).map_err(|e| format!("{e}: write it in UTF-8"))
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {

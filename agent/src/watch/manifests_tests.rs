@@ -266,3 +266,40 @@ async fn a_changed_label_is_seen_at_once() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_is_no_file_or_too_long_is_a_problem_and_holds_up_nobody() {
+    let dir = Dir::new();
+    dir.write("two.yaml", TWO);
+    let fifo = dir.0.join("pipe.yaml");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::create_dir(dir.0.join("dir.json")).unwrap();
+    dir.write("long.yaml", &"# as long as that\n".repeat(70_000));
+    let manifests = std::sync::Arc::new(Manifests::new(&dir.0));
+    let reading = std::sync::Arc::clone(&manifests);
+    let read = tokio::task::spawn_blocking(move || reading.read());
+    timeout(Duration::from_secs(20), read)
+        .await
+        .expect("nobody writes into the pipe")
+        .unwrap();
+    assert_eq!(names(&manifests), ["shop/cart"]);
+    let problems = manifests.problems();
+    let said = |name: &str| {
+        let problem = problems.iter().find(|p| p.file.ends_with(name));
+        problem.map(|p| p.what.clone()).unwrap_or_default()
+    };
+    assert!(
+        said("pipe.yaml").contains("no regular file"),
+        "{problems:?}"
+    );
+    assert!(said("dir.json").contains("no regular file"), "{problems:?}");
+    assert!(
+        said("long.yaml").contains("longer than 1 MiB"),
+        "{problems:?}"
+    );
+    assert_eq!(problems.len(), 3, "{problems:?}");
+
+    let lone = Manifests::new(&fifo);
+    lone.read();
+    assert!(lone.problems()[0].to_string().contains("no regular file"));
+}
