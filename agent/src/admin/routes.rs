@@ -1,8 +1,13 @@
 //! What is answered on which path.
+//!
+//! Whoever reaches the node may read; what changes something is taken from the node itself alone, since nobody here has to
+//! say who they are.
+
+use std::net::SocketAddr;
 
 use axum::{
     Router,
-    extract::{Query, State},
+    extract::{ConnectInfo, Query, State},
     http::{StatusCode, header},
     response::{IntoResponse, Json, Response},
     routing::get,
@@ -52,7 +57,16 @@ struct LevelQuery {
     level: Option<String>,
 }
 
-async fn set_level(State(admin): State<Admin>, Query(query): Query<LevelQuery>) -> Response {
+async fn set_level(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Query(query): Query<LevelQuery>,
+) -> Response {
+    if !peer.ip().to_canonical().is_loopback() {
+        let text = "the level is changed from the node alone: send this to the same port at 127.0.0.1 or [::1], from the \
+                    node's network namespace or by `kubectl port-forward` to the agent's pod\n";
+        return (StatusCode::FORBIDDEN, text).into_response();
+    }
     let cure = "PUT /loglevel?level=debug";
     let Some(level) = query.level else {
         return (

@@ -4,13 +4,12 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::Router;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
+use axum::{Router, extract::ConnectInfo};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+use tower::Service as _;
 
 use super::{
     connections::{Connections, Ticket},
@@ -179,7 +178,8 @@ impl Serving {
                 Ok((stream, peer)) => {
                     let ticket = connections.ticket();
                     let id = ticket.id();
-                    let task = open.spawn(self.clone().serve(stream, router.clone(), ticket));
+                    let served = self.clone().serve(stream, peer, router.clone(), ticket);
+                    let task = open.spawn(served);
                     connections.enter(id, peer.ip(), task);
                 }
                 // Out of descriptors, most likely: trying again at once would spin.
@@ -193,13 +193,17 @@ impl Serving {
         while open.join_next().await.is_some() {}
     }
 
-    async fn serve(self, stream: TcpStream, router: Router, _ticket: Ticket) {
+    async fn serve(self, stream: TcpStream, peer: SocketAddr, router: Router, _ticket: Ticket) {
+        let service = hyper::service::service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(ConnectInfo(peer));
+            router.clone().call(request)
+        });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.head)
             .max_header_size(MAX_HEAD)
             .max_headers(64)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+            .serve_connection(TokioIo::new(stream), service);
         tokio::pin!(connection);
         tokio::select! {
             _ = connection.as_mut() => return,

@@ -6,6 +6,8 @@ use std::{
     time::Instant,
 };
 
+use tower::ServiceExt as _;
+
 use super::*;
 use crate::{
     admin::{connections::MAX, readiness::Task},
@@ -176,6 +178,39 @@ fn the_level_is_shown_and_changed() {
         );
     }
     assert_eq!(running.admin.log.level(), "info,culvert=debug");
+}
+
+#[tokio::test]
+async fn the_level_is_changed_from_the_node_alone() {
+    let admin = admin();
+    let ask = async |method: &str, peer: &str| {
+        let request = hyper::Request::builder()
+            .method(method)
+            .uri("/loglevel?level=debug")
+            .extension(ConnectInfo::<SocketAddr>(peer.parse().unwrap()))
+            .body(axum::body::Body::empty())
+            .unwrap();
+        let answer = routes::metrics(admin.clone()).oneshot(request).await;
+        let (head, body) = answer.unwrap().into_parts();
+        let body = axum::body::to_bytes(body, 4096).await.unwrap();
+        (
+            head.status.as_u16(),
+            String::from_utf8_lossy(&body).into_owned(),
+        )
+    };
+    for elsewhere in [
+        "10.0.0.7:40000",
+        "[2001:db8::7]:40000",
+        "[::ffff:10.0.0.7]:40000",
+    ] {
+        let (status, body) = ask("PUT", elsewhere).await;
+        assert_eq!(status, 403, "{elsewhere}: {body}");
+        assert!(body.contains("127.0.0.1"), "names the cure: {body}");
+        assert_eq!(ask("GET", elsewhere).await, (200, "info\n".to_owned()));
+    }
+    for here in ["127.0.0.1:40000", "[::1]:40000", "[::ffff:127.0.0.1]:40000"] {
+        assert_eq!(ask("PUT", here).await.0, 200, "{here}");
+    }
 }
 
 #[test]

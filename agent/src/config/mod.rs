@@ -164,7 +164,7 @@ settings! {
     reconcile_period: Duration = Duration::from_secs(5), "reconcile-period";
     /// How long the agent may take to finish what it has begun when told to stop.
     shutdown_timeout: Duration = Duration::from_secs(10), "shutdown-timeout";
-    /// Where /metrics and /loglevel are served.
+    /// Where /metrics and /loglevel are served; the level is changed by PUT from the node's loopback alone.
     metrics_address: Listen = Listen::any(15014), "metrics-address", or "MONITORING_PORT" by values::port_to_listen;
     /// Where /healthz and /readyz are served.
     health_address: Listen = Listen::any(8000), "health-address";
