@@ -197,7 +197,7 @@ impl Sources {
         let ready = book.sampled(
             "istio_cni_install_ready",
             Stable,
-            "1 while the CNI plugin and its configuration are in place",
+            "1 while the CNI plugin and its configuration are in place; absent where somebody else installs them",
             &[],
             true,
             fixed(one(0)),
@@ -336,6 +336,12 @@ impl Metrics {
             let state = state.clone();
             metric.read_from(Box::new(move || read(&state())));
         }
+    }
+
+    /// Says that nothing is installed from here: whether the plugin is in place is not for us to say.
+    pub fn count_no_installer(&self) {
+        let [_, _, ready] = &self.sources.installer;
+        ready.read_from(fixed(Vec::new()));
     }
 
     /// Says how the kernel's counts of probes are read; none when they cannot be read now.

@@ -1,6 +1,6 @@
 //! The plugin's place on the host while the agent runs, and the question what becomes of it when the agent ends.
 
-use std::{sync::Arc, time::Duration};
+use std::{env, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -9,8 +9,12 @@ use crate::{
     admin::{Installation, Metrics, Task, installation::Part},
     config::Config,
     install::{Installer, Options, State, Status},
+    model::PodRef,
     watch::{About, Kind, Notice, Source, Standing},
 };
+
+/// A node that has just begun has no CNI configuration yet; one that has none for so long needs somebody.
+const LONG_WAIT: Duration = Duration::from_secs(30);
 
 /// Installs, heals, and reports how it stands; after `end`, takes everything away if no agent will follow.
 pub(super) async fn keep(
@@ -32,10 +36,10 @@ pub(super) async fn keep(
         move || status.borrow().clone()
     });
     let work = tokio::spawn(Arc::clone(&installer).watch(sender, end.clone()));
-    let mut before = Status::default();
+    let mut loud = Loud::default();
     loop {
         let now = status.borrow_and_update().clone();
-        report(&source, &task, &before, &now);
+        show(&task, &now.state);
         match &now.state {
             // With a plugin of an agent before this one in its place, pods go on starting.
             State::Failed { error } if !installer.has_usable_plugin() => {
@@ -43,9 +47,12 @@ pub(super) async fn keep(
             }
             _ => installation.whole(Part::Plugin),
         }
-        before = now;
+        if let Some(note) = loud.note(&now.state, Instant::now()) {
+            tell(&source, note).await;
+        }
         tokio::select! {
             () = end.cancelled() => break,
+            () = loud.due() => {}
             changed = status.changed() => match changed {
                 Ok(()) => {}
                 Err(_) if end.is_cancelled() => break,
@@ -83,27 +90,95 @@ async fn knows_pods(source: &Source, task: &Task, end: &CancellationToken) -> bo
     }
 }
 
-fn report(source: &Source, task: &Task, before: &Status, now: &Status) {
-    let why = match &now.state {
-        State::Installed { .. } => return task.set_ready(),
-        State::Waiting { reason } => reason.clone(),
-        State::Contested { by } => format!(
+/// In readiness.
+fn show(task: &Task, state: &State) {
+    match why_not(state) {
+        None => task.set_ready(),
+        Some(why) => task.set_not_ready(why),
+    }
+}
+
+/// Why the plugin is not in its place; none = it is.
+fn why_not(state: &State) -> Option<String> {
+    match state {
+        State::Installed { .. } => None,
+        State::Waiting { reason } => Some(reason.clone()),
+        State::Contested { by } => Some(format!(
             "the CNI configuration is overwritten again and again by {by}: pods that start in between start outside the \
              mesh and are enrolled a moment later"
-        ),
-        State::Failed { error } => error.clone(),
-    };
-    task.set_not_ready(why.clone());
-    let loud = matches!(now.state, State::Contested { .. } | State::Failed { .. });
-    if loud && before.state != now.state {
+        )),
+        State::Failed { error } => Some(error.clone()),
+    }
+}
+
+/// When an event is due: at once where something is wrong, and where something is only waited for once it has been long.
+#[derive(Debug, Default)]
+struct Loud {
+    /// It is waited since then.
+    waiting: Option<Instant>,
+    /// What was said last, and still is so.
+    said: Option<String>,
+}
+
+impl Loud {
+    /// What there is to say now that has not been said.
+    fn note(&mut self, state: &State, now: Instant) -> Option<String> {
+        let Some(why) = why_not(state) else {
+            *self = Self::default();
+            return None;
+        };
+        let note = if matches!(state, State::Waiting { .. }) {
+            let since = *self.waiting.get_or_insert(now);
+            if now < since + LONG_WAIT {
+                return None;
+            }
+            format!(
+                "the CNI plugin is not in place after {} s: {why}; until it is, pods of the mesh start outside it and are \
+                 enrolled a moment later",
+                LONG_WAIT.as_secs()
+            )
+        } else {
+            self.waiting = None;
+            why
+        };
+        let new = self.said.as_ref() != Some(&note);
+        new.then(|| self.said.insert(note).clone())
+    }
+
+    /// Returns when there may be something to say without a change.
+    async fn due(&self) {
+        match (self.waiting, &self.said) {
+            (Some(since), None) => tokio::time::sleep_until(since + LONG_WAIT).await,
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+/// An event on the node, and on the agent's own pod where it has one: that is where an installation is looked after.
+async fn tell(source: &Source, note: String) {
+    let event = |about, note| {
         source.event(Notice {
-            about: About::Node,
+            about,
             kind: Kind::Warning,
             reason: "CulvertCniConfiguration",
             action: "Install",
-            note: why,
+            note,
         });
+    };
+    event(About::Node, note.clone());
+    if let Some(pod) = own_pod(source).await {
+        event(About::Pod(pod), note);
     }
+}
+
+async fn own_pod(source: &Source) -> Option<PodRef> {
+    let Source::Api(api) = source else {
+        return None;
+    };
+    let (name, namespace) = (env::var("POD_NAME").ok()?, env::var("POD_NAMESPACE").ok()?);
+    // `kubectl describe` looks for events by the pod's UID.
+    let pod = api.get_pod(&namespace, &name).await.ok()??;
+    Some(pod.reference())
 }
 
 /// Of the time for ending, how much may pass before it is known what becomes of everything. The rest is for taking it away.
@@ -149,6 +224,45 @@ async fn removal(config: &Config, source: &Source, until: Instant) -> Option<Str
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn waiting(reason: &str) -> State {
+        State::Waiting {
+            reason: reason.to_owned(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_only_waited_for_is_said_when_it_is_long() {
+        let mut loud = Loud::default();
+        let started = Instant::now();
+        assert_eq!(loud.note(&waiting("no file"), started), None);
+        loud.due().await;
+        assert_eq!(started.elapsed(), LONG_WAIT);
+        let note = loud.note(&waiting("no file"), Instant::now()).unwrap();
+        assert!(note.contains("not in place after 30 s: no file"), "{note}");
+        assert_eq!(loud.note(&waiting("no file"), Instant::now()), None);
+        let other = loud.note(&waiting("a broken file"), Instant::now());
+        assert!(other.is_some_and(|note| note.contains("a broken file")));
+        // What is over and begins anew is waited for anew.
+        let installed = State::Installed {
+            entry_in: "/x".into(),
+        };
+        assert_eq!(loud.note(&installed, Instant::now()), None);
+        assert_eq!(loud.note(&waiting("no file"), Instant::now()), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wrong_is_said_at_once_and_once() {
+        let mut loud = Loud::default();
+        let failed = State::Failed {
+            error: "read-only".to_owned(),
+        };
+        let now = Instant::now();
+        assert_eq!(loud.note(&failed, now).as_deref(), Some("read-only"));
+        assert_eq!(loud.note(&failed, now), None);
+        let never = tokio::time::timeout(LONG_WAIT * 10, loud.due()).await;
+        assert!(never.is_err(), "nothing is due");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_waited_for_no_longer_than_leaves_time_to_act_upon_it() {

@@ -247,6 +247,8 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
             end.clone(),
         );
         tasks.keep("installer", installer);
+    } else {
+        metrics.count_no_installer();
     }
     tasks.keep_until_end("tidying", async {
         loop {

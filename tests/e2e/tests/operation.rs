@@ -164,6 +164,10 @@ fn an_agent_from_its_start_to_its_end() {
         );
     }
 
+    // Somebody else installs the plugin here: an alert on its absence must not fire.
+    let metrics = host.ask(15014, "GET /metrics").unwrap();
+    assert!(!metrics.contains("\nistio_cni_install_ready "), "{metrics}");
+
     // At `error` it does not even say that it is at `error`.
     for level in ["error", "info"] {
         let changed = host
