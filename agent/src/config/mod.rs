@@ -136,7 +136,8 @@ settings! {
     system_namespace: String = "istio-system".to_owned(), "system-namespace", or "SYSTEM_NAMESPACE";
     /// Who belongs to the mesh: YAML, a list of {podSelector, namespaceSelector}; by default the label istio.io/dataplane-mode.
     enablement_selectors: EnablementSelectors = EnablementSelectors::default(), "enablement-selectors", or "AMBIENT_ENABLEMENT_SELECTOR";
-    /// Runtime classes whose pods have a kernel of their own and cannot be captured, beside gvisor*, runsc* and kata*.
+    /// Runtime classes whose pods have a kernel of their own and cannot be captured, beside gvisor*, runsc* and kata*. Classes
+    /// go by their names: one called otherwise whose handler is such a runtime has to be named here.
     sandboxed_runtime_classes: Patterns = Patterns::default(), "sandboxed-runtime-classes";
     /// Send the pods' DNS queries to ztunnel, unless an annotation says otherwise.
     dns_capture: bool = true, "dns-capture", or "AMBIENT_DNS_CAPTURE";
