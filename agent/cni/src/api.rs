@@ -239,6 +239,9 @@ pub struct Refusal {
     /// The same request may succeed in a moment: the plugin repeats it while its budget lasts.
     #[serde(default)]
     pub retry: bool,
+    /// The agent itself does not know the cluster: what the plugin may decide without an agent it may decide now.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub undecided: bool,
 }
 
 impl Refusal {
@@ -249,6 +252,15 @@ impl Refusal {
             message: message.into(),
             cure: cure.into(),
             retry: true,
+            undecided: false,
+        }
+    }
+
+    /// As [`later`](Self::later), from an agent that knows no more than the plugin.
+    pub fn undecided(message: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self {
+            undecided: true,
+            ..Self::later(message, cure)
         }
     }
 
@@ -259,6 +271,7 @@ impl Refusal {
             message: message.into(),
             cure: cure.into(),
             retry: false,
+            undecided: false,
         }
     }
 }

@@ -90,12 +90,13 @@ pub fn ask<B: Serialize, T: DeserializeOwned>(
             .saturating_duration_since(Instant::now())
             .saturating_sub(TOO_LITTLE);
         let over = spare.is_zero();
+        let undecided = matches!(&failure, Failure::Refused(refusal) if refusal.undecided);
         let verdict = match failure {
-            Failure::Refused(refusal) if !refusal.retry || (over && !excluded) => {
+            Failure::Refused(refusal) if !refusal.retry || (over && !excluded && !undecided) => {
                 Some(Err(refusal))
             }
             // One that is there but slow, or dying, may know better than its file, so it has the whole budget.
-            failure if away || over || excluded => {
+            failure if away || undecided || over || excluded => {
                 match alone
                     .get_or_insert_with(|| entry.decide_alone(&pod.namespace, SystemTime::now()))
                 {

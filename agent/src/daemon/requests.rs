@@ -25,6 +25,9 @@ use super::added;
 
 /// Kept back from the plugin's budget for the answer's way.
 const MARGIN: Duration = Duration::from_millis(200);
+/// How long the plugin waits for the cluster to be listed before it is told to decide alone: an agent that has just
+/// started needs less, unless the API server is away.
+const LIST_TAKES: Duration = Duration::from_secs(2);
 /// How often a pod that nobody knows yet is looked for again.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -65,11 +68,28 @@ impl Handler for Requests {
     }
 
     async fn check(&self, request: CheckRequest) -> Result<CheckReply, Refusal> {
-        let Some(uid) = &request.pod.uid else {
-            return Ok(CheckReply::default());
-        };
         let place = open(&request.netns).await?;
-        match self.reconciler.check(&uid.as_str().into(), &place).await {
+        let (listed, uid) = {
+            let cluster = self.cluster.borrow();
+            let mut pods = cluster.pods.values();
+            let named =
+                |p: &&Pod| p.namespace == request.pod.namespace && p.name == request.pod.name;
+            let uid = match &request.pod.uid {
+                Some(uid) => Some(uid.as_str().into()),
+                None => pods.find(named).map(|p| p.uid.clone()),
+            };
+            (cluster.listed, uid)
+        };
+        let checked = match uid {
+            Some(uid) => self.reconciler.check(&uid, &place).await,
+            // Older runtimes do not name the UID.
+            None if listed => return Ok(CheckReply::default()),
+            None => None,
+        };
+        let Some(checked) = checked else {
+            return Err(unlisted());
+        };
+        match checked {
             Ok(Answer::Enrolled { .. }) => Ok(CheckReply {
                 enrolled: true,
                 problem: None,
@@ -159,12 +179,14 @@ impl Requests {
 
     /// Finds the pod and its namespace: in what is watched, or by asking.
     async fn look_up(&self, named: &PodRef, deadline: Instant) -> Result<Known, Refusal> {
+        let started = Instant::now();
         loop {
             let refusal = match self.look_up_once(named).await {
                 Ok(known) => return Ok(known),
                 Err(refusal) => refusal,
             };
-            if !refusal.retry || Instant::now() + PAUSE >= deadline {
+            let undecided = refusal.undecided && started.elapsed() >= LIST_TAKES;
+            if !refusal.retry || undecided || Instant::now() + PAUSE >= deadline {
                 return Err(refusal);
             }
             tokio::time::sleep(PAUSE).await;
@@ -172,13 +194,15 @@ impl Requests {
     }
 
     async fn look_up_once(&self, named: &PodRef) -> Result<Known, Refusal> {
+        if self.settings.excluded_namespaces.contains(&named.namespace) {
+            return Ok(Known::Outside(
+                "its namespace is excluded by configuration".to_owned(),
+            ));
+        }
         let (shown, namespace, could_be_in) = {
             let cluster = self.cluster.borrow();
             if !cluster.listed {
-                return Err(Refusal::later(
-                    "the agent does not know the cluster's pods and namespaces yet",
-                    "wait; if it lasts, the agent's log and /readyz say what keeps it from the API server",
-                ));
+                return Err(unlisted());
             }
             let shown = named.uid.as_deref().and_then(|uid| {
                 let mut pods = cluster.pods.values();
@@ -195,11 +219,6 @@ impl Requests {
             });
             (shown, namespace, could_be_in)
         };
-        if self.settings.excluded_namespaces.contains(&named.namespace) {
-            return Ok(Known::Outside(
-                "its namespace is excluded by configuration".to_owned(),
-            ));
-        }
         if let Some(pod) = shown {
             return Ok(Known::Pod(Box::new(pod), namespace));
         }
@@ -229,6 +248,13 @@ impl Requests {
             )),
         }
     }
+}
+
+fn unlisted() -> Refusal {
+    Refusal::undecided(
+        "the agent does not know the cluster's pods and namespaces yet",
+        "wait; if it lasts, the agent's log and /readyz say what keeps it from the API server",
+    )
 }
 
 async fn open(path: &str) -> Result<Netns, Refusal> {

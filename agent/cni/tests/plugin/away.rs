@@ -109,6 +109,32 @@ fn an_agent_killed_in_the_middle_is_asked_again() {
 }
 
 #[test]
+fn an_agent_that_knows_no_cluster_leaves_the_decision_to_the_file() {
+    let place = Place::new("undecided");
+    place.decisions(60, |_| {});
+    let _agent = Agent::start(&place, |_, _| {
+        Say::Json(
+            503,
+            json!({"code": 11, "message": "not listed yet", "retry": true, "undecided": true}),
+        )
+    });
+    let outcome = add(&place, "plain", &config("1.0.0"));
+    outcome.succeeded();
+    assert!(outcome.took < Duration::from_secs(10), "{:?}", outcome.took);
+    // One that may be of the mesh waits, as without an agent.
+    let outcome = add(&place, "shop", &brief());
+    assert_eq!(outcome.error_code(), 11);
+    assert!(
+        outcome.took >= Duration::from_millis(1600),
+        "{:?}",
+        outcome.took
+    );
+    let mut strict = brief();
+    strict["agentAway"] = "strict".into();
+    assert_eq!(add(&place, "plain", &strict).error_code(), 11);
+}
+
+#[test]
 fn a_stale_socket_is_no_agent() {
     let place = Place::new("stale");
     drop(UnixListener::bind(place.path("agent.sock")).unwrap());
