@@ -53,6 +53,8 @@ pub(super) async fn listen(
     metrics: Arc<Metrics>,
     end: CancellationToken,
 ) {
+    // Those that have had their snapshot.
+    let mut serving: Vec<u32> = Vec::new();
     loop {
         let event = tokio::select! {
             () = end.cancelled() => return,
@@ -69,7 +71,8 @@ pub(super) async fn listen(
             }
             Event::Synced { pid } => {
                 tracing::info!(pid, "ztunnel knows this node's pods");
-                reconciler.ztunnel_came();
+                serving.push(pid);
+                reconciler.ztunnels_changed(true);
             }
             Event::Acked { uid, .. } => {
                 count(ZdsOutcome::Ack);
@@ -85,6 +88,10 @@ pub(super) async fn listen(
                     count(ZdsOutcome::Timeout);
                 }
                 tracing::warn!(pid, ?reason, "a ztunnel is gone");
+                if let Some(place) = serving.iter().position(|other| *other == pid) {
+                    serving.swap_remove(place);
+                    reconciler.ztunnels_changed(!serving.is_empty());
+                }
             }
             Event::Refused { .. } => {
                 metrics.zds_refused.inc();

@@ -18,6 +18,7 @@ use std::{
 use culvert_ebpf::abi::{INITIAL_ORDER, MAX_VIRTUAL, Pod, Record, Role, RoleKey, pod_flags, role};
 use ipnet::IpNet;
 pub use release::{collect, detach, forget, release};
+use serde::{Deserialize, Serialize};
 pub use sync::Synced;
 pub(super) use sync::{sync, sync_sysctls, virtual_names};
 
@@ -36,7 +37,7 @@ use crate::plan::netns as plan;
 use entries::{pod_entry, set_addresses, set_exclusions, set_resolvers};
 
 /// How a pod is to be treated.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
     /// Destinations left alone.
     pub exclude_outbound_cidrs: Vec<IpNet>,
@@ -113,7 +114,7 @@ impl Policy {
 }
 
 /// Which lookups of a pod, over UDP and TCP port 53, ztunnel answers.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Dns {
     /// None.
     #[default]

@@ -47,6 +47,8 @@ pub enum Ztunnel {
     Waiting,
     /// It serves the pod.
     Acked,
+    /// It served the pod, and no ztunnel is left: the next one is told of all pods when it comes.
+    Away,
 }
 
 /// What is so.
@@ -97,10 +99,10 @@ pub fn next(wish: Wish, so: Observed) -> Step {
         Wish::In if !so.placed => Step::Find,
         Wish::In if so.kernel != Kernel::In => Step::Attach,
         Wish::In => match (so.ztunnel, so.annotation) {
-            (Ztunnel::Acked, Some(Redirection::Enabled)) => Step::Done,
-            (Ztunnel::Acked, _) if so.mute => Step::Done,
-            (Ztunnel::Acked, _) => Step::Annotate(Some(Redirection::Enabled)),
             // A pod that was served once keeps `enabled`: peers would fall back to plaintext otherwise.
+            (Ztunnel::Acked | Ztunnel::Away, Some(Redirection::Enabled)) => Step::Done,
+            (Ztunnel::Acked | Ztunnel::Away, _) if so.mute => Step::Done,
+            (Ztunnel::Acked | Ztunnel::Away, _) => Step::Annotate(Some(Redirection::Enabled)),
             (Ztunnel::Waiting, None) if !so.mute => Step::Annotate(Some(Redirection::Pending)),
             (Ztunnel::Waiting | Ztunnel::Untold, _) => Step::Tell,
         },
@@ -196,6 +198,16 @@ mod tests {
     }
 
     #[test]
+    fn without_any_ztunnel_a_served_pod_stays_as_it_is() {
+        let away = Observed {
+            ztunnel: Ztunnel::Away,
+            ..SERVED
+        };
+        assert_eq!(next(Wish::In, away), Step::Done);
+        assert_eq!(steps(Wish::Gone, away), [Step::Forget, Step::Untell]);
+    }
+
+    #[test]
     fn leaving_goes_new_connections_peers_ztunnel_rules() {
         assert_eq!(
             steps(Wish::Out, SERVED),
@@ -262,7 +274,12 @@ mod tests {
                 Kernel::Draining,
                 Kernel::Released,
             ] {
-                for ztunnel in [Ztunnel::Untold, Ztunnel::Waiting, Ztunnel::Acked] {
+                for ztunnel in [
+                    Ztunnel::Untold,
+                    Ztunnel::Waiting,
+                    Ztunnel::Acked,
+                    Ztunnel::Away,
+                ] {
                     for annotation in annotations {
                         let so = Observed {
                             placed: kernel != Kernel::Out,
@@ -276,6 +293,9 @@ mod tests {
                             apply(&mut end, step);
                         }
                         match wish {
+                            Wish::In if end.ztunnel == Ztunnel::Away => {
+                                assert_eq!(end, Observed { ztunnel, ..SERVED });
+                            }
                             Wish::In => assert_eq!(end, SERVED),
                             Wish::Keep => assert_eq!(end, so),
                             Wish::Out | Wish::Ended | Wish::Gone => {

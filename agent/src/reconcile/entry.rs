@@ -36,13 +36,15 @@ pub(super) struct Entry<P> {
     /// The plugin's name for the sandbox whose namespace `place` is.
     pub(super) sandbox: Option<String>,
     /// As what the kernel captures it now; none = it does not.
-    pub(super) captured: Option<Policy>,
+    pub(super) captured: Option<Captured>,
     /// Something of this kind is missing on the kernel's side.
     pub(super) broken: Option<verify::Kind>,
     pub(super) draining: usize,
     /// New connections go direct, but the kernel still delivers what comes by ztunnel.
     pub(super) released: bool,
     pub(super) ztunnel: Ztunnel,
+    /// It was said that the pod is in the mesh: not again each time that a ztunnel is followed by another.
+    pub(super) announced: bool,
     pub(super) annotation: Option<Redirection>,
     /// What the watch showed last: it may lag behind what we wrote.
     pub(super) shown_annotation: Option<Redirection>,
@@ -59,9 +61,9 @@ pub(super) struct Entry<P> {
     pub(super) new: bool,
     /// When the plugin brought it, as long as the watch has not shown it.
     pub(super) ahead_of_watch: Option<Instant>,
-    /// The runtime has taken its sandbox down: whatever the cluster says, there is nothing to capture until the
-    /// plugin brings another.
-    pub(super) ended: bool,
+    /// The runtime has taken down the sandbox that has this cookie: there is nothing to capture until there is another,
+    /// which the plugin brings, or which is looked for in case that nobody asked the plugin.
+    pub(super) ended: Option<u64>,
     /// Since when the cluster does not know it.
     pub(super) absent: Option<Instant>,
     /// It is of a kind that cannot be served.
@@ -76,6 +78,15 @@ pub(super) struct Entry<P> {
     pub(super) condition: Condition,
     /// What is being done for it, for whoever collects traces.
     pub(super) journey: Journey,
+}
+
+/// As what a pod is captured.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Captured {
+    /// As this says.
+    As(Policy),
+    /// By an earlier agent: as what is not known, and an attach sets it right.
+    Somehow,
 }
 
 /// A failure and what follows from it.
@@ -101,6 +112,7 @@ impl<P> Entry<P> {
             draining: 0,
             released: false,
             ztunnel: Ztunnel::Untold,
+            announced: false,
             annotation: None,
             shown_annotation: None,
             addresses: BTreeSet::new(),
@@ -110,7 +122,7 @@ impl<P> Entry<P> {
             busy: false,
             new: true,
             ahead_of_watch: None,
-            ended: false,
+            ended: None,
             absent: None,
             refused: false,
             reason: String::new(),
@@ -127,7 +139,9 @@ impl<P> Entry<P> {
         let kernel = match &self.captured {
             _ if self.draining > 0 => Kernel::Draining,
             Some(_) if self.released => Kernel::Released,
-            Some(policy) if *policy == self.policy && self.broken.is_none() => Kernel::In,
+            Some(Captured::As(policy)) if *policy == self.policy && self.broken.is_none() => {
+                Kernel::In
+            }
             Some(_) => Kernel::Stale,
             None => Kernel::Out,
         };
@@ -143,7 +157,7 @@ impl<P> Entry<P> {
     /// Force-deleted, a pod is gone from the API server before it has ended: only its processes, or the runtime when it
     /// takes the sandbox down, can say that it has.
     pub(super) fn unsure(&self) -> bool {
-        self.absent.is_some() && !self.ended
+        self.absent.is_some() && self.ended.is_none()
     }
 
     /// Its processes may yet be started: the runtime asks the plugin before it starts the first.
@@ -161,9 +175,14 @@ impl<P> Entry<P> {
         [&self.trouble, &self.mute]
             .into_iter()
             .filter_map(|t| t.as_ref()?.again)
-            .chain(self.look_again.filter(|_| self.wish == Wish::In))
+            .chain(self.look_again.filter(|_| self.looked_for()))
             .chain(self.condition.again())
             .min()
+    }
+
+    /// Is there a reason to look for the pod in another namespace?
+    pub(super) fn looked_for(&self) -> bool {
+        self.wish == Wish::In || self.ended.is_some()
     }
 
     /// Notes a failure and when to try again.
@@ -194,9 +213,10 @@ impl<P> Entry<P> {
         self.draining = 0;
         self.released = false;
         self.ztunnel = Ztunnel::Untold;
+        self.announced = false;
         self.look_again = None;
         self.trouble = None;
-        self.ended = false;
+        self.ended = None;
     }
 }
 

@@ -271,7 +271,7 @@ impl World for Live {
             .await
             .map_err(|error| Failure {
                 message: error.to_string(),
-                retry: true,
+                retry: error.is_retryable(),
             })?;
         // An acknowledgement is ztunnel's word; what counts is whether connections would find it.
         if !listeners::complete(&self.node, &place)? {
@@ -373,9 +373,13 @@ impl World for Live {
         let found = blocking(move || {
             let mut problems = verify::verify_programs(&node)?;
             problems.extend(verify::verify_deep(&node, &place)?);
+            let mut problems: Vec<String> = problems.into_iter().map(|p| p.what).collect();
+            if !listeners::complete(&node, &place)? {
+                problems.push("ztunnel does not listen in the pod: look at this node's ztunnel pod and its log".to_owned());
+            }
             Ok(problems)
         });
-        let found: Vec<String> = found.await?.into_iter().map(|p| p.what).collect();
+        let found = found.await?;
         Ok((!found.is_empty()).then(|| found.join("; ")))
     }
 

@@ -21,7 +21,10 @@ pub mod world;
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -115,6 +118,8 @@ struct Inner<W: World> {
     adopted: AtomicBool,
     /// All members have been looked for once.
     settled: watch::Sender<bool>,
+    /// How often ztunnels have come or gone.
+    ztunnels: AtomicU64,
     /// Captured namespaces that no pod of the cluster lays claim to, as counted after the last look for them.
     unclaimed: Mutex<usize>,
 }
@@ -136,6 +141,7 @@ impl<W: World> Reconciler<W> {
                 passes: watch::Sender::new(0),
                 adopted: AtomicBool::new(false),
                 settled: watch::Sender::new(false),
+                ztunnels: AtomicU64::new(0),
                 unclaimed: Mutex::new(0),
             }),
         }
@@ -220,7 +226,7 @@ impl<W: World> Reconciler<W> {
     pub fn acked(&self, uid: &PodUid) {
         let mut entries = self.entries();
         if let Some(entry) = entries.get_mut(uid)
-            && entry.ztunnel != Ztunnel::Acked
+            && entry.ztunnel == Ztunnel::Waiting
         {
             entry.trouble = None;
             // Whoever is at it has most likely waited for this word, and wakes us at the end.
@@ -253,11 +259,16 @@ impl<W: World> Reconciler<W> {
         self.wake();
     }
 
-    /// A ztunnel has come: whoever waits for one is tried at once.
-    pub fn ztunnel_came(&self) {
+    /// A ztunnel has come or gone; `any` says whether one is there. Who was served is told again: the answer is known
+    /// already where the one that counts now serves the pod, and either way its listeners are looked at.
+    pub fn ztunnels_changed(&self, any: bool) {
+        self.inner.ztunnels.fetch_add(1, Ordering::Relaxed);
         for entry in self.entries().values_mut() {
-            if entry.ztunnel == Ztunnel::Waiting {
-                entry.trouble = None;
+            match (entry.ztunnel, any) {
+                (Ztunnel::Acked | Ztunnel::Away, true) => entry.ztunnel = Ztunnel::Waiting,
+                (Ztunnel::Acked, false) => entry.ztunnel = Ztunnel::Away,
+                (Ztunnel::Waiting, true) => entry.trouble = None,
+                _ => {}
             }
         }
         self.wake();

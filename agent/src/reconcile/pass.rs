@@ -14,12 +14,12 @@ use tokio::time::Instant;
 use super::{
     Entry, Reconciler,
     condition::Writing,
-    steps::Goal,
+    entry::Captured,
+    steps::{Goal, Turn},
     world::{Failure, Notice, Target, World},
 };
 use crate::{
-    kernel::{pod::Policy, verify},
-    model::{Cluster, Pod, PodUid, Redirection, keys},
+    model::{Cluster, Phase, Pod, PodUid, Redirection, keys},
     plan::{
         membership::{self, Membership, Reason, Waiting},
         network_policy,
@@ -34,6 +34,9 @@ const WATCH_LAG: Duration = Duration::from_secs(60);
 const UNFOUND: u32 = 5;
 /// Pause between two looks for a pod whose addresses changed.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// Pause between two looks for another sandbox of a pod whose own was taken down. The runtime brings the next one to the
+/// plugin; one that starts while something else has our entry out of the CNI configuration it brings to nobody.
+const LOOK_FOR_NEXT: Duration = Duration::from_secs(10);
 
 /// What a pass found to do.
 struct Todo {
@@ -44,13 +47,17 @@ struct Todo {
 }
 
 impl<W: World> Reconciler<W> {
-    /// Compares and sets to work; before the cluster is listed, only on what was restored. With `full` the kernel is asked whether it is still as it was left.
+    /// Compares and sets to work; before the cluster is listed, only on what was restored. With `full` the kernel is asked
+    /// whether it is still as it was left.
     /// Without `changed` the cluster is as it was at the last pass.
     pub(super) async fn pass(&self, full: bool, changed: bool) {
         let listed = self.inner.cluster.borrow().listed;
         let first = listed && !self.inner.adopted.swap(listed, Ordering::Relaxed);
-        if listed && (full || first) {
+        if full || first {
             self.verify().await;
+        }
+        if listed && (full || first) {
+            self.adopt().await;
         }
         let todo = self.look(full, changed);
         for (target, notice) in todo.notices {
@@ -71,7 +78,7 @@ impl<W: World> Reconciler<W> {
         }
     }
 
-    /// Asks the kernel about the pods it is believed to capture, and about those nobody knows of.
+    /// Asks the kernel about the pods it is believed to capture.
     async fn verify(&self) {
         let places: Vec<_> = {
             let entries = self.entries();
@@ -91,7 +98,6 @@ impl<W: World> Reconciler<W> {
                 entry.reason = problem.what;
             }
         }
-        self.adopt().await;
     }
 
     /// Lays claim to what an earlier agent, or a person, had the kernel capture.
@@ -151,9 +157,7 @@ impl<W: World> Reconciler<W> {
             if !entry.busy && entry.place.is_none() {
                 let sandbox = self.remembered_sandbox(place);
                 entry.move_to(Arc::clone(place), sandbox);
-                // As what it is captured is not known: the attach of a member sets it right.
-                entry.captured = Some(Policy::default());
-                entry.broken = Some(verify::Kind::Entry);
+                entry.captured = Some(Captured::Somehow);
                 // Should it have to leave: ztunnel still carries its connections, and lets go of whom no snapshot names.
                 entry.ztunnel = Ztunnel::Waiting;
                 self.inner.world.expect(&entry.target);
@@ -223,7 +227,7 @@ impl<W: World> Reconciler<W> {
         };
         let mut done = Vec::new();
         for (uid, entry) in entries.iter_mut().filter(|(_, e)| !e.busy) {
-            if entry.wish == Wish::In && entry.look_again.is_some_and(|at| at <= now) {
+            if entry.looked_for() && entry.look_again.is_some_and(|at| at <= now) {
                 entry.busy = true;
                 todo.find.push((
                     entry.target.clone(),
@@ -238,7 +242,8 @@ impl<W: World> Reconciler<W> {
                     let unwritten =
                         matches!(entry.wish, Wish::Out | Wish::Ended) && entry.annotation.is_some();
                     let unwritten = unwritten || entry.condition.stands();
-                    let remembered = entry.ended || !entry.warnings.is_empty() || unwritten;
+                    let remembered =
+                        entry.ended.is_some() || !entry.warnings.is_empty() || unwritten;
                     let needed = remembered && cluster.pods.contains_key(uid);
                     let leaves = matches!(entry.wish, Wish::Out | Wish::Ended | Wish::Gone);
                     if leaves && !needed {
@@ -337,7 +342,16 @@ impl<W: World> Reconciler<W> {
         let wish = match wish {
             // The runtime takes down the sandbox of a Job's pod, too.
             Some(Wish::Ended) => Wish::Ended,
-            _ if entry.ended => Wish::Gone,
+            _ if entry.ended.is_some() => {
+                let lives = !pod.deleting && matches!(pod.phase, Phase::Pending | Phase::Running);
+                if wish == Some(Wish::In) && lives {
+                    let soon = Instant::now() + LOOK_FOR_NEXT;
+                    entry.look_again.get_or_insert(soon);
+                } else {
+                    entry.look_again = None;
+                }
+                Wish::Gone
+            }
             Some(wish) => wish,
             None => entry.wish,
         };
@@ -376,6 +390,7 @@ impl<W: World> Reconciler<W> {
 
     /// Looks for the namespaces of several pods in one go.
     async fn find(&self, pods: Vec<(Target, Vec<IpAddr>)>) {
+        let turn = Turn::new(self, pods.iter().map(|(t, _)| t.uid.clone()).collect());
         let result = self.inner.world.find(pods.clone()).await;
         let now = Instant::now();
         let (mut left, mut said) = (Vec::new(), Vec::new());
@@ -385,8 +400,11 @@ impl<W: World> Reconciler<W> {
                 let Some(entry) = entries.get_mut(&target.uid) else {
                     continue;
                 };
-                entry.busy = false;
                 match &result {
+                    _ if entry.ended.is_some() => {
+                        let place = result.as_ref().ok().and_then(|f| f.get(&target.uid));
+                        self.begin_anew(entry, place);
+                    }
                     Ok(found) if entry.look_again.is_some() && entry.place.is_some() => {
                         match found.get(&target.uid) {
                             Some(place) => left.extend(self.follow(entry, place)),
@@ -427,6 +445,7 @@ impl<W: World> Reconciler<W> {
                 }
             }
         }
+        drop(turn);
         for (target, notice) in said {
             self.inner.world.say(&target, notice).await;
         }
@@ -435,8 +454,20 @@ impl<W: World> Reconciler<W> {
                 tracing::warn!(pod = %target, %failure, "clearing away the namespace the pod was in before");
             }
         }
-        self.inner.progress.notify_waiters();
-        self.wake();
+    }
+
+    /// Takes a pod up again whose sandbox was taken down, if it has another one by now.
+    fn begin_anew(&self, entry: &mut Entry<W::Place>, place: Option<&Arc<W::Place>>) {
+        // Its last processes may still be there when the runtime says that it takes the sandbox down.
+        let another = place.filter(|p| entry.ended != Some(self.inner.world.cookie(p)));
+        let Some(place) = another else {
+            entry.look_again = Some(Instant::now() + LOOK_FOR_NEXT);
+            return;
+        };
+        tracing::warn!(pod = %entry.target, "its sandbox was made anew and nobody asked the plugin");
+        let sandbox = self.remembered_sandbox(place);
+        entry.move_to(Arc::clone(place), sandbox);
+        entry.new = true;
     }
 
     /// Goes with a pod whose addresses changed; what it left behind, if it is in another namespace now.

@@ -93,7 +93,7 @@ impl<W: World> Reconciler<W> {
                         })
                         .flatten();
                     // Added again before its DEL was acted upon: there is nothing to let go any more.
-                    if std::mem::take(&mut entry.ended) {
+                    if entry.ended.take().is_some() {
                         entry.sandbox = None;
                     }
                     // A further interface of the same pod goes and comes without the pod.
@@ -174,7 +174,9 @@ impl<W: World> Reconciler<W> {
         };
         entry.ahead_of_watch = None;
         entry.wish = Wish::Gone;
-        entry.ended = true;
+        let cookie = entry.place.as_ref().map(|p| self.inner.world.cookie(p));
+        entry.ended = Some(cookie.unwrap_or_default());
+        entry.look_again = None;
         entry.trouble = None;
         drop(entries);
         self.wake();
@@ -191,18 +193,26 @@ impl<W: World> Reconciler<W> {
         dead.filter(|s| self.del(s)).count()
     }
 
-    /// Is this pod, in this namespace, as the plugin was told it is? The reason if not.
-    pub async fn check(&self, uid: &PodUid, place: &W::Place) -> Result<Answer, Failure> {
+    /// Is this pod, in this namespace, as the plugin was told it is? The reason if not; none, while that is not known.
+    pub async fn check(&self, uid: &PodUid, place: &W::Place) -> Option<Result<Answer, Failure>> {
+        let known = self
+            .entries()
+            .iter()
+            .any(|(key, e)| is_called(key, e, uid) && e.wish != Wish::Keep);
+        if !known && !*self.inner.settled.borrow() {
+            return None;
+        }
+        Some(self.checked(uid, place).await)
+    }
+
+    async fn checked(&self, uid: &PodUid, place: &W::Place) -> Result<Answer, Failure> {
         let failed = |message: String| Failure {
             message,
             retry: true,
         };
         let known = {
             let entries = self.entries();
-            let Some((_, entry)) = entries
-                .iter()
-                .find(|(key, e)| *key == uid || e.target.static_uid.as_ref() == Some(uid))
-            else {
+            let Some((_, entry)) = entries.iter().find(|(key, e)| is_called(key, e, uid)) else {
                 return Ok(Answer::Outside("not in the mesh".to_owned()));
             };
             if entry.wish != Wish::In {
@@ -244,6 +254,11 @@ impl<W: World> Reconciler<W> {
             }),
         }
     }
+}
+
+/// On the node, a static pod goes by its configuration's hash.
+fn is_called<P>(key: &PodUid, entry: &Entry<P>, uid: &PodUid) -> bool {
+    key == uid || entry.target.static_uid.as_ref() == Some(uid)
 }
 
 fn late() -> Failure {

@@ -19,6 +19,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    kernel::pod::Policy,
     model::{Cluster, keys},
     plan::membership::{self, Settings},
 };
@@ -131,6 +132,9 @@ pub struct Remembered {
     pub sandbox: Option<String>,
     /// ztunnel served it.
     pub served: bool,
+    /// As what it was captured, unless it was being let go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Policy>,
 }
 
 /// Writes the list. It need not outlive the node's running: cookies do not either.

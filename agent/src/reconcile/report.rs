@@ -8,6 +8,9 @@ use crate::{
     plan::pod::{Kernel, Wish, Ztunnel},
 };
 
+/// Of a pod that was served.
+const AWAY: &str = "no ztunnel is connected: new connections wait, then are refused; look at this node's ztunnel pod";
+
 fn state<P>(entry: &Entry<P>, now: Instant) -> PodState {
     let so = entry.observed(now);
     let failing = entry.trouble.is_some();
@@ -31,7 +34,11 @@ impl<W: World> Reconciler<W> {
         let entries = self.entries();
         let report = entries.values().map(|entry| {
             let trouble = entry.trouble.as_ref().or(entry.mute.as_ref());
-            let reason = trouble.map_or(entry.reason.as_str(), |t| t.failure.message.as_str());
+            let reason = match trouble {
+                Some(trouble) => trouble.failure.message.as_str(),
+                None if entry.wish == Wish::In && entry.ztunnel == Ztunnel::Away => AWAY,
+                None => entry.reason.as_str(),
+            };
             let place = entry.place.as_ref();
             PodStatus {
                 namespace: entry.target.namespace.clone(),

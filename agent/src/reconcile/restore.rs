@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::{
     Entry, Reconciler,
+    entry::Captured,
     publish::{self, Remembered},
     world::{Target, World},
 };
@@ -72,7 +73,13 @@ impl<W: World> Reconciler<W> {
                 entry.move_to(place, remembered.sandbox.clone());
                 entry.wish = Wish::In;
                 // As it was captured it stays until the cluster says otherwise.
-                entry.captured = Some(entry.policy.clone());
+                entry.captured = Some(match &remembered.policy {
+                    Some(policy) => {
+                        entry.policy = policy.clone();
+                        Captured::Somehow
+                    }
+                    None => Captured::As(entry.policy.clone()),
+                });
                 entry.annotation = remembered
                     .served
                     .then_some(crate::model::Redirection::Enabled);
@@ -115,7 +122,11 @@ impl<W: World> Reconciler<W> {
                         name: e.target.name.clone(),
                         service_account: e.target.service_account.clone(),
                         sandbox: e.sandbox.clone(),
-                        served: e.ztunnel == Ztunnel::Acked,
+                        served: matches!(e.ztunnel, Ztunnel::Acked | Ztunnel::Away),
+                        policy: match &e.captured {
+                            Some(Captured::As(policy)) if !e.released => Some(policy.clone()),
+                            _ => None,
+                        },
                     })
                 })
                 .collect()

@@ -3,12 +3,16 @@
 //! The order comes from [`crate::plan::pod`]. One task at a time has a pod (its `busy` flag); every outcome is noted
 //! before the next step is chosen.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
 use super::{
     Reconciler,
+    entry::Captured,
     world::{Failure, Left, Notice, Target, World},
 };
 use crate::{
@@ -29,6 +33,8 @@ pub(super) enum Goal {
 /// One step with all it needs.
 struct Job<P> {
     step: Step,
+    /// How often ztunnels had come or gone.
+    ztunnels: u64,
     target: Target,
     place: Option<Arc<P>>,
     policy: Policy,
@@ -46,9 +52,36 @@ enum Outcome {
     Lingers,
 }
 
+/// The right to work on pods that are marked busy: given back however the work ends, also by a panic.
+pub(super) struct Turn<'a, W: World> {
+    reconciler: &'a Reconciler<W>,
+    uids: Vec<PodUid>,
+}
+
+impl<'a, W: World> Turn<'a, W> {
+    pub(super) fn new(reconciler: &'a Reconciler<W>, uids: Vec<PodUid>) -> Self {
+        Self { reconciler, uids }
+    }
+}
+
+impl<W: World> Drop for Turn<'_, W> {
+    fn drop(&mut self) {
+        let mut entries = self.reconciler.entries();
+        for uid in &self.uids {
+            if let Some(entry) = entries.get_mut(uid) {
+                entry.busy = false;
+            }
+        }
+        drop(entries);
+        self.reconciler.inner.progress.notify_waiters();
+        self.reconciler.wake();
+    }
+}
+
 impl<W: World> Reconciler<W> {
     /// Drives a pod that the caller has marked busy.
     pub(super) async fn drive(&self, uid: &PodUid, goal: Goal) {
+        let _turn = Turn::new(self, vec![uid.clone()]);
         while let Some(job) = self.next_job(uid, goal) {
             let started = Instant::now();
             let outcome = self.perform(&job).await;
@@ -56,11 +89,6 @@ impl<W: World> Reconciler<W> {
                 break;
             }
         }
-        if let Some(entry) = self.entries().get_mut(uid) {
-            entry.busy = false;
-        }
-        self.inner.progress.notify_waiters();
-        self.wake();
     }
 
     fn next_job(&self, uid: &PodUid, goal: Goal) -> Option<Job<W::Place>> {
@@ -77,6 +105,7 @@ impl<W: World> Reconciler<W> {
         };
         (!rest).then(|| Job {
             step,
+            ztunnels: self.inner.ztunnels.load(Ordering::Relaxed),
             target: entry.target.clone(),
             place: entry.place.clone(),
             policy: entry.policy.clone(),
@@ -153,7 +182,11 @@ impl<W: World> Reconciler<W> {
             let repair = job.repair.is_some();
             let failure = outcome.as_ref().err();
             let cookie = |place: &W::Place| self.inner.world.cookie(place);
-            entry.trace_step(job.step, repair, took, failure, cookie);
+            // Who was served before is not on a way into the mesh.
+            let again = job.step == Step::Tell && entry.announced && failure.is_none();
+            if !again || entry.journey.is("repair") {
+                entry.trace_step(job.step, repair, took, failure, cookie);
+            }
             match outcome {
                 // It is in another namespace by now: this says nothing about that one.
                 _ if moved => true,
@@ -165,7 +198,7 @@ impl<W: World> Reconciler<W> {
                     }
                     match (job.step, outcome) {
                         (Step::Attach, _) => {
-                            entry.captured = Some(job.policy.clone());
+                            entry.captured = Some(Captured::As(job.policy.clone()));
                             entry.took[0] = took;
                             entry.broken = None;
                             entry.draining = 0;
@@ -178,10 +211,18 @@ impl<W: World> Reconciler<W> {
                             }
                         }
                         (Step::Tell, _) => {
-                            entry.ztunnel = Ztunnel::Acked;
-                            entry.took[1] = took;
+                            let now = self.inner.ztunnels.load(Ordering::Relaxed);
+                            entry.ztunnel = if job.ztunnels == now {
+                                Ztunnel::Acked
+                            } else {
+                                // Whoever acknowledged it may be gone, or no longer the one that counts.
+                                Ztunnel::Waiting
+                            };
                             entry.said = None;
-                            notice = Some(Notice::Enrolled(entry.took.iter().sum()));
+                            if !std::mem::replace(&mut entry.announced, true) {
+                                entry.took[1] = took;
+                                notice = Some(Notice::Enrolled(entry.took.iter().sum()));
+                            }
                         }
                         (Step::Annotate(value), _) => entry.annotation = value,
                         (Step::Untell, _) => entry.ztunnel = Ztunnel::Untold,
@@ -191,6 +232,7 @@ impl<W: World> Reconciler<W> {
                             notice = entry.captured.take().map(|_| Notice::Ended);
                             entry.draining = 0;
                             entry.released = false;
+                            entry.announced = false;
                             entry.place = None;
                         }
                         (Step::Release | Step::Detach | Step::Wait, Outcome::Left(left)) => {
@@ -200,6 +242,7 @@ impl<W: World> Reconciler<W> {
                                 notice = Some(Notice::Unenrolled);
                             }
                             entry.released = released;
+                            entry.announced = false;
                             if !released {
                                 entry.captured = None;
                             }

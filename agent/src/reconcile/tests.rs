@@ -45,6 +45,8 @@ struct Fake {
     connections: Mutex<usize>,
     /// Conditions that were written.
     conditions: Mutex<Vec<String>>,
+    /// How many pods were said to be in the mesh.
+    announced: Mutex<usize>,
     /// Namespaces with processes.
     inhabited: Mutex<BTreeSet<u32>>,
 }
@@ -160,6 +162,10 @@ impl World for Fake {
             Notice::Reannotated => "reannotated",
             Notice::Refused(_) => "refused",
             Notice::Ignored(_) => "ignored",
+            Notice::Enrolled(_) => {
+                *self.announced.lock().unwrap() += 1;
+                return;
+            }
             _ => return,
         };
         self.log.lock().unwrap().push(format!("{what} {t}"));

@@ -55,7 +55,7 @@ impl AddError {
     /// Whether the same call may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
-        !matches!(self, Self::TooLong(_) | Self::Superseded)
+        !matches!(self, Self::TooLong(_))
     }
 }
 

@@ -57,6 +57,7 @@ async fn a_mesh_pod_that_cannot_be_served_does_not_start() {
 #[tokio::test(start_paused = true)]
 async fn a_new_sandbox_under_the_same_uid_outlives_the_old_ones_del() {
     let stage = enrolled().await;
+    stage.place("a", 2);
     let answer = stage
         .reconciler
         .add(&pod("a"), Some(&mesh()), 2, "s2", soon())
@@ -70,13 +71,47 @@ async fn a_new_sandbox_under_the_same_uid_outlives_the_old_ones_del() {
     assert!(stage.soon().await.is_empty());
     assert!(stage.reconciler.del("s2"));
     assert_eq!(stage.soon().await, ["forget shop/a", "untell shop/a"]);
-    // The pod is still in the API, labelled, and must not come back by itself.
+    // The pod is still in the API, labelled, and must not come back by itself: there is no other sandbox.
     assert!(stage.after(Duration::from_secs(120)).await.is_empty());
     let answer = stage
         .reconciler
         .add(&pod("a"), Some(&mesh()), 3, "s3", soon())
         .await;
     assert!(matches!(answer, Ok(Answer::Enrolled { .. })), "{answer:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_that_nobody_brought_to_the_plugin_is_found() {
+    let stage = enrolled().await;
+    let add = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 1, "s1", soon())
+        .await;
+    assert!(matches!(add, Ok(Answer::Enrolled { .. })), "{add:?}");
+    assert!(stage.reconciler.del("s1"));
+    assert_eq!(stage.soon().await, ["forget shop/a", "untell shop/a"]);
+    // Its last processes are still there, in the namespace that was taken down.
+    assert!(stage.after(Duration::from_secs(60)).await.is_empty());
+    stage.place("a", 2);
+    assert_eq!(
+        stage.after(Duration::from_secs(11)).await,
+        ["attach shop/a", "tell shop/a"]
+    );
+    // One that is being deleted, or has ended, gets no other.
+    let report = stage.reconciler.report();
+    assert_eq!(report[0].state, PodState::Enrolled);
+    stage.edit("a", |pod| pod.deleting = true);
+    let add = stage
+        .reconciler
+        .add(&pod("a"), Some(&mesh()), 2, "s2", soon())
+        .await;
+    assert!(matches!(add, Ok(Answer::Enrolled { .. })), "{add:?}");
+    assert!(stage.reconciler.del("s2"));
+    stage.place("a", 3);
+    assert_eq!(
+        stage.after(Duration::from_secs(60)).await,
+        ["forget shop/a", "untell shop/a"]
+    );
 }
 
 #[tokio::test(start_paused = true)]
