@@ -257,3 +257,37 @@ fn without_ztunnel_a_pod_is_pending_and_nothing_leaves() -> Result<()> {
     ensure!(carried(&node, &a, &b)?, "not through ztunnel");
     Ok(())
 }
+
+#[test]
+fn who_was_served_is_served_by_the_next_ztunnel_and_shown_as_pending_until_then() -> Result<()> {
+    let (mut node, [a, b]) = Governed::meshed("agent-next", ["a", "b"])?;
+    let enrolments = r#"culvert_enrolments_total{result="success"}"#;
+    let before = node.metric(enrolments)?;
+    node.ztunnel()?.kill()?;
+    node.ztunnel = None;
+    for pod in [&a, &b] {
+        node.expect_state(pod, "pending")?;
+    }
+    ensure!(node.metric("culvert_enrolled_pods")? == 0.0);
+    let status = node.agent()?.status()?;
+    ensure!(
+        status["pods"][0]["last_error"]
+            .as_str()
+            .is_some_and(|why| why.contains("no ztunnel")),
+        "{status}"
+    );
+    ensure!(
+        status["pods"][0]["redirection"] == "enabled",
+        "peers fall back to plaintext"
+    );
+    node.start_ztunnel()?;
+    for pod in [&a, &b] {
+        node.expect_state(pod, "enrolled")?;
+    }
+    ensure!(carried(&node, &a, &b)?, "not through ztunnel");
+    ensure!(
+        node.metric(enrolments)? == before,
+        "nobody was enrolled anew"
+    );
+    Ok(())
+}
