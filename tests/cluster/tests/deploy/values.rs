@@ -1,0 +1,84 @@
+//! What values of the chart make of its objects: the agent's settings, where it runs, what is made only where asked for.
+
+use serde_json::Value;
+
+use crate::render::chart;
+
+/// The object of a kind of which there is one.
+fn only(kind: &str, values: &[&str]) -> Option<Value> {
+    let mut all = chart(values).into_iter();
+    all.find_map(|(key, object)| (key.0 == kind).then_some(object))
+}
+
+/// What the DaemonSet's pods are.
+fn pod(values: &[&str]) -> Value {
+    only("DaemonSet", values).unwrap()["spec"]["template"]["spec"].clone()
+}
+
+/// Their container.
+fn agent(values: &[&str]) -> Value {
+    pod(values)["containers"][0].clone()
+}
+
+/// One of its environment variables.
+fn variable(container: &Value, name: &str) -> Option<String> {
+    let all = container["env"].as_array().unwrap();
+    let one = all.iter().find(|one| one["name"] == name)?;
+    Some(one["value"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn values_reach_the_agent() {
+    let container = agent(&[
+        "agent.excludedNamespaces={kube-system,legacy}",
+        "agent.probeSource=none",
+        "agent.metricsPort=9000",
+        "agent.ztunnelGrace=1m",
+        "agent.enablementSelectors[0].podSelector.matchLabels.mesh=yes",
+        "settings.reconcile-period=10s",
+        "cni.ownConfig=false",
+    ]);
+    let variable = |name: &str| variable(&container, name).unwrap_or_else(|| panic!("no {name}"));
+    assert_eq!(
+        variable("CULVERT_EXCLUDED_NAMESPACES"),
+        "kube-system,legacy"
+    );
+    assert_eq!(variable("CULVERT_PROBE_SOURCE"), "none");
+    assert_eq!(variable("CULVERT_METRICS_ADDRESS"), ":9000");
+    assert_eq!(variable("CULVERT_ZTUNNEL_GRACE"), "1m");
+    assert_eq!(
+        variable("CULVERT_ENABLEMENT_SELECTORS"),
+        r#"[{"podSelector":{"matchLabels":{"mesh":"yes"}}}]"#
+    );
+    assert_eq!(variable("CULVERT_RECONCILE_PERIOD"), "10s");
+    assert_eq!(variable("CULVERT_CNI_OWN_CONFIG"), "false");
+    let ports = container["ports"].as_array().unwrap();
+    assert!(ports.iter().any(|port| port["containerPort"] == 9000));
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let image = agent(&[
+        "image.repository=registry.example/culvert",
+        &format!("image.digest={digest}"),
+    ]);
+    assert_eq!(image["image"], format!("registry.example/culvert@{digest}"));
+}
+
+#[test]
+fn scopes_divide_the_objects_between_them() {
+    let of = |values: &[&str]| -> Vec<_> { chart(values).into_keys().collect() };
+    let platform = "platform=openshift";
+    let mut divided = of(&[platform, "resourceScope=cluster"]);
+    assert!(
+        divided.iter().all(|(_, namespace, _)| namespace.is_empty()),
+        "{divided:?}"
+    );
+    let namespaced = of(&[platform, "resourceScope=namespace"]);
+    assert!(
+        namespaced
+            .iter()
+            .all(|(_, namespace, _)| !namespace.is_empty()),
+        "{namespaced:?}"
+    );
+    divided.extend(namespaced);
+    divided.sort();
+    assert_eq!(divided, of(&[platform]));
+}
