@@ -63,7 +63,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- with $cni.confName }}{{ $_ := set $set "cni-conf-name" . }}{{ end }}
 {{- if not $cni.chained }}{{ $_ := set $set "cni-chained" "false" }}{{ end }}
 {{- $own := $cni.ownConfig | toString }}
-{{- if and (eq $own "auto") (eq .Values.platform "cilium") }}{{ $own = "true" }}{{ end }}
+{{- if and $cni.chained (eq $own "auto") (eq .Values.platform "cilium") }}{{ $own = "true" }}{{ end }}
 {{- if ne $own "auto" }}{{ $_ := set $set "cni-own-config" $own }}{{ end }}
 {{- with $cni.ownConfigName }}{{ $_ := set $set "cni-own-config-name" . }}{{ end }}
 {{- if $cni.confGroupRead }}{{ $_ := set $set "cni-conf-group-read" "true" }}{{ end }}

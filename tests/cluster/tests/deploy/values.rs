@@ -63,6 +63,17 @@ fn values_reach_the_agent() {
 }
 
 #[test]
+fn beside_cilium_the_plugin_can_be_called_by_name_alone() {
+    let own = |values: &[&str]| {
+        let container = agent(&[&["platform=cilium"], values].concat());
+        variable(&container, "CULVERT_CNI_OWN_CONFIG")
+    };
+    assert_eq!(own(&[]).as_deref(), Some("true"));
+    // The agent takes one of both.
+    assert_eq!(own(&["cni.chained=false"]), None);
+}
+
+#[test]
 fn scopes_divide_the_objects_between_them() {
     let of = |values: &[&str]| -> Vec<_> { chart(values).into_keys().collect() };
     let platform = "platform=openshift";
