@@ -44,7 +44,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $agent := .Values.agent }}
 {{- $cni := .Values.cni }}
 {{- $set := dict }}
-{{- with $agent.excludedNamespaces | join "," }}{{ if ne . "kube-system" }}{{ $_ := set $set "excluded-namespaces" . }}{{ end }}{{ end }}
+{{- /* An empty variable counts as not set, so none is written as an empty list. */}}
+{{- if kindIs "slice" $agent.excludedNamespaces }}
+{{- $names := $agent.excludedNamespaces | join "," | default "[]" }}
+{{- if ne $names "kube-system" }}{{ $_ := set $set "excluded-namespaces" $names }}{{ end }}
+{{- end }}
 {{- if ne $agent.systemNamespace "istio-system" }}{{ $_ := set $set "system-namespace" $agent.systemNamespace }}{{ end }}
 {{- with $agent.enablementSelectors }}{{ $_ := set $set "enablement-selectors" (toJson .) }}{{ end }}
 {{- if not $agent.dnsCapture }}{{ $_ := set $set "dns-capture" "false" }}{{ end }}

@@ -63,6 +63,14 @@ fn values_reach_the_agent() {
 }
 
 #[test]
+fn no_excluded_namespaces_are_none() {
+    let set = |values: &[&str]| variable(&agent(values), "CULVERT_EXCLUDED_NAMESPACES");
+    assert_eq!(set(&["agent.excludedNamespaces=[]"]).as_deref(), Some("[]"));
+    // The agent's default, which is the chart's.
+    assert_eq!(set(&["agent.excludedNamespaces=null"]), None);
+}
+
+#[test]
 fn beside_cilium_the_plugin_can_be_called_by_name_alone() {
     let own = |values: &[&str]| {
         let container = agent(&[&["platform=cilium"], values].concat());
