@@ -82,6 +82,19 @@ fn beside_cilium_the_plugin_can_be_called_by_name_alone() {
 }
 
 #[test]
+fn no_alert_waits_for_a_plugin_that_nobody_installs() {
+    let alerts = |values: &[&str]| -> String {
+        let enabled = ["monitoring.prometheusRule.enabled=true"];
+        let rule = only("PrometheusRule", &[&enabled, values].concat()).unwrap();
+        rule["spec"]["groups"][0]["rules"].to_string()
+    };
+    assert!(alerts(&[]).contains("CulvertPluginNotInstalled"));
+    let without = alerts(&["cni.install=false"]);
+    assert!(!without.contains("CulvertPluginNotInstalled"), "{without}");
+    assert!(without.contains("CulvertNoZtunnel"), "{without}");
+}
+
+#[test]
 fn scopes_divide_the_objects_between_them() {
     let of = |values: &[&str]| -> Vec<_> { chart(values).into_keys().collect() };
     let platform = "platform=openshift";
