@@ -91,3 +91,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
+{{- with .Values.hostPaths }}
+{{- if ne .run "/run/culvert" }}
+{{- $_ := set $set "run-dir" .run }}
+{{- /* For `culvert status` in the container, which knows no run directory. */}}
+{{- $_ := set $set "agent-socket" (printf "%s/agent.sock" .run) }}
+{{- end }}
+{{- if ne .state "/var/lib/culvert" }}{{ $_ := set $set "decision-file" (printf "%s/decisions.json" .state) }}{{ end }}
+{{- end }}
+{{- $values := include "culvert.values" . | fromYaml }}

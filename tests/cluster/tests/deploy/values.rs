@@ -81,6 +81,24 @@ fn beside_cilium_the_plugin_can_be_called_by_name_alone() {
     assert_eq!(own(&["cni.chained=false"]), None);
 }
 
+/// The plugin runs on the node and is told paths as the agent has them.
+#[test]
+fn directories_that_the_plugin_looks_into_are_the_same_for_the_agent() {
+    let container = agent(&["hostPaths.run=/run/other", "hostPaths.state=/var/lib/other"]);
+    for (name, value) in [
+        ("CULVERT_RUN_DIR", "/run/other"),
+        ("CULVERT_AGENT_SOCKET", "/run/other/agent.sock"),
+        ("CULVERT_DECISION_FILE", "/var/lib/other/decisions.json"),
+    ] {
+        assert_eq!(variable(&container, name).as_deref(), Some(value));
+    }
+    let mounts = container["volumeMounts"].as_array().unwrap();
+    for (name, path) in [("run", "/run/other"), ("state", "/var/lib/other")] {
+        let mount = mounts.iter().find(|mount| mount["name"] == name).unwrap();
+        assert_eq!(mount["mountPath"], path);
+    }
+}
+
 #[test]
 fn no_alert_waits_for_a_plugin_that_nobody_installs() {
     let alerts = |values: &[&str]| -> String {
