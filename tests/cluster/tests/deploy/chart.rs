@@ -98,7 +98,7 @@ fn a_release_is_installed_upgraded_rolled_back_and_removed() {
         "--set",
         "agent.logLevel=debug",
         "--set",
-        "resourceQuota=true",
+        "resourceQuota.enabled=true",
         "--set",
         "monitoring.serviceMonitor.enabled=true",
         "--set",

@@ -100,6 +100,17 @@ fn directories_that_the_plugin_looks_into_are_the_same_for_the_agent() {
 }
 
 #[test]
+fn a_quota_admits_as_many_pods_as_it_is_told() {
+    let hard = |values: &[&str]| {
+        let quota = only("ResourceQuota", &[&["platform=gke"], values].concat())?;
+        Some(quota["spec"]["hard"]["pods"].clone())
+    };
+    assert_eq!(hard(&[]), Some("5000".into()));
+    assert_eq!(hard(&["resourceQuota.pods=200"]), Some("200".into()));
+    assert_eq!(hard(&["resourceQuota.enabled=false"]), None);
+}
+
+#[test]
 fn no_alert_waits_for_a_plugin_that_nobody_installs() {
     let alerts = |values: &[&str]| -> String {
         let enabled = ["monitoring.prometheusRule.enabled=true"];
