@@ -149,7 +149,7 @@ fn containers_have_the_capabilities_that_the_agent_needs_and_no_other() {
 fn every_setting_in_a_manifest_is_one_of_the_agents() {
     let known: BTreeMap<String, &str> = KEYS.iter().map(|key| (key.env(), key.name)).collect();
     let helpers = read("deploy/chart/templates/_helpers.tpl");
-    let mut found = 0;
+    let mut set = BTreeSet::new();
     for (at, _) in helpers.match_indices("set $set \"") {
         let name = helpers[at + "set $set \"".len()..]
             .split('"')
@@ -159,9 +159,27 @@ fn every_setting_in_a_manifest_is_one_of_the_agents() {
             known.values().any(|key| *key == name),
             "the chart sets {name}"
         );
-        found += 1;
+        set.insert(name);
     }
-    assert!(found >= 15, "{found}");
+    assert!(set.len() >= 15, "{set:?}");
+    // Each of them is refused among the chart's `settings`, with the name of a value that there is.
+    let values: Value = serde_saphyr::from_str(&read("deploy/chart/values.yaml")).unwrap();
+    let (_, list) = helpers
+        .split_once(r#"define "culvert.values" -}}"#)
+        .unwrap();
+    let (list, _) = list.split_once("{{").unwrap();
+    let refused: BTreeMap<String, String> = serde_saphyr::from_str(list).unwrap();
+    for (key, value) in &refused {
+        assert!(known.values().any(|known| known == key), "{key}");
+        let found = value.split('.').try_fold(&values, |at, name| at.get(name));
+        assert!(found.is_some(), "there is no value {value}");
+    }
+    for name in set {
+        assert!(
+            refused.contains_key(name),
+            "settings.{name} is taken beside its value"
+        );
+    }
     let cilium = read("deploy/overlays/cilium/kustomization.yaml");
     let set: Vec<&str> = cilium
         .split([' ', ',', '{'])

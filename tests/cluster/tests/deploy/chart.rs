@@ -54,10 +54,10 @@ fn values_that_contradict_are_refused_by_name() {
         (&["hostPaths.cniBin=opt/cni/bin"], "/hostPaths/cniBin"),
         (&["hostPaths.bpffs="], "/hostPaths/bpffs"),
         (&["image.digest=sha256:12"], "/image/digest"),
-        (
-            &["agent.logLevel=warn", "settings.log-level=debug"],
-            "settings.log-level",
-        ),
+        (&["settings.log-level=debug"], "set agent.logLevel"),
+        (&["settings.health-address=:9000"], "set agent.healthPort"),
+        (&["settings.run-dir=/run/x"], "set hostPaths.run"),
+        (&["resourceQuota.pods=0"], "/resourceQuota/pods"),
         (&["settings.Log_Level=debug"], "Log_Level"),
     ] {
         let output = template(values);
