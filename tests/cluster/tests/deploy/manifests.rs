@@ -120,6 +120,7 @@ fn the_agent_is_held_to_what_it_needs() {
             "RuntimeDefault"
         );
         assert_eq!(spec["priorityClassName"], "system-node-critical");
+        assert_eq!(spec["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
         let strategy = &object["spec"]["updateStrategy"]["rollingUpdate"];
         assert_eq!(*strategy, json!({"maxUnavailable": 1, "maxSurge": 0}));
         for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {

@@ -1,6 +1,6 @@
 //! What values of the chart make of its objects: the agent's settings, where it runs, what is made only where asked for.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::render::chart;
 
@@ -97,6 +97,17 @@ fn directories_that_the_plugin_looks_into_are_the_same_for_the_agent() {
         let mount = mounts.iter().find(|mount| mount["name"] == name).unwrap();
         assert_eq!(mount["mountPath"], path);
     }
+}
+
+#[test]
+fn a_node_selector_is_added_to_the_charts() {
+    let selector = |values: &[&str]| pod(values)["nodeSelector"].clone();
+    let linux = json!({"kubernetes.io/os": "linux"});
+    assert_eq!(selector(&[]), linux);
+    let both = json!({"kubernetes.io/os": "linux", "mesh": "yes"});
+    assert_eq!(selector(&["nodeSelector.mesh=yes"]), both);
+    let none = selector(&[r"nodeSelector.kubernetes\.io/os=null"]);
+    assert_eq!(none, Value::Null);
 }
 
 #[test]
