@@ -129,6 +129,10 @@ fn the_agent_is_held_to_what_it_needs() {
                 "{probe}"
             );
         }
+        // The default is a second, which a busy node may take.
+        for probe in ["livenessProbe", "readinessProbe"] {
+            assert_eq!(spec["containers"][0][probe]["timeoutSeconds"], 5, "{probe}");
+        }
         let mounts = spec["containers"][0]["volumeMounts"].as_array().unwrap();
         let cgroup = mounts
             .iter()
