@@ -135,6 +135,39 @@ fn no_alert_waits_for_a_plugin_that_nobody_installs() {
 }
 
 #[test]
+fn monitors_ask_the_port_that_the_agent_names() {
+    let made = |values: &[&str]| -> Vec<Value> {
+        let all = chart(values).into_iter();
+        let kinds = ["Service", "ServiceMonitor", "PodMonitor"];
+        let ours = all.filter(|((kind, ..), _)| kinds.contains(&kind.as_str()));
+        ours.map(|(_, object)| object).collect()
+    };
+    assert!(made(&[]).is_empty());
+    let pods = made(&[
+        "monitoring.podMonitor.enabled=true",
+        "monitoring.podMonitor.interval=10s",
+        "monitoring.podMonitor.labels.release=prometheus",
+    ]);
+    let [monitor] = &pods[..] else {
+        panic!("{pods:?}")
+    };
+    assert_eq!(monitor["kind"], "PodMonitor");
+    assert_eq!(monitor["metadata"]["labels"]["release"], "prometheus");
+    let [endpoint] = &monitor["spec"]["podMetricsEndpoints"].as_array().unwrap()[..] else {
+        panic!("{monitor}")
+    };
+    assert_eq!(endpoint["port"], agent(&[])["ports"][0]["name"]);
+    assert_eq!(endpoint["interval"], "10s");
+    let labels = &monitor["spec"]["selector"]["matchLabels"];
+    assert_eq!(*labels, json!({"app.kubernetes.io/name": "culvert"}));
+
+    let service = made(&["monitoring.serviceMonitor.enabled=true"]);
+    let kinds: Vec<&Value> = service.iter().map(|object| &object["kind"]).collect();
+    assert_eq!(kinds, ["Service", "ServiceMonitor"]);
+    assert_eq!(service[1]["spec"]["endpoints"][0]["port"], endpoint["port"]);
+}
+
+#[test]
 fn scopes_divide_the_objects_between_them() {
     let of = |values: &[&str]| -> Vec<_> { chart(values).into_keys().collect() };
     let platform = "platform=openshift";
