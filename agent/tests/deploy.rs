@@ -192,6 +192,35 @@ fn every_setting_in_a_manifest_is_one_of_the_agents() {
 }
 
 #[test]
+fn uninstalling_by_hand_is_told_each_platforms_directories() {
+    let page = read("docs/uninstall.md");
+    for name in [
+        "cilium",
+        "gke",
+        "k3d",
+        "k3s",
+        "microk8s",
+        "minikube",
+        "openshift",
+    ] {
+        let overlay = read(&format!("deploy/overlays/{name}/kustomization.yaml"));
+        let row = page
+            .lines()
+            .find(|line| line.contains(&format!("| `{name}` |")));
+        for (volume, option, usual) in [
+            ("cni-bin", "--cni-bin-dir", "/opt/cni/bin"),
+            ("cni-conf", "--cni-conf-dir", "/etc/cni/net.d"),
+        ] {
+            let patched = overlay.split_once(&format!("name: {volume}, hostPath: {{path: "));
+            let path = patched.map_or(usual, |(_, rest)| rest.split(',').next().unwrap());
+            let said = row.and_then(|row| row.split_once(&format!("{option} ")));
+            let said = said.map_or(usual, |(_, rest)| rest.split([' ', '`']).next().unwrap());
+            assert_eq!(said, path, "{name}");
+        }
+    }
+}
+
+#[test]
 fn defaults_of_the_chart_are_those_of_the_agent() {
     use culvert::config::{AgentArgs, Config, Environment, settings};
     let loaded = Config::load(
