@@ -242,6 +242,46 @@ fn the_values_for_istio_do_what_they_say_in_its_own_charts() {
 }
 
 #[test]
+fn every_value_of_istio_cnis_chart_has_a_line_for_those_who_come_from_it() {
+    let charts = Parts::find().unwrap().get(Part::IstioCharts).unwrap();
+    let values = std::fs::read_to_string(charts.join("istio-cni/values.yaml")).unwrap();
+    let values: Value = serde_saphyr::from_str(&values).unwrap();
+    let page = std::fs::read_to_string(deploy().join("../docs/from-istio-cni.md")).unwrap();
+    let mut names = Vec::new();
+    leaves(&values["_internal_defaults_do_not_set"], "", &mut names);
+    assert!(names.len() > 40, "{names:?}");
+    for name in names {
+        // Some values of `global` are defaults for those of the same name, and of some a part is said for the whole.
+        let own = name.strip_prefix("global.").unwrap_or(&name);
+        let above = name.match_indices('.').map(|(at, _)| name[..at].to_owned());
+        let said = above
+            .flat_map(|above| [format!("`{above}.*`"), format!("`{above}`")])
+            .chain([format!("`{name}`"), format!("`{own}`")])
+            .any(|word| page.contains(&word));
+        assert!(
+            said,
+            "docs/from-istio-cni.md does not say what becomes of {name}"
+        );
+    }
+}
+
+/// Names of all values that have none below them.
+fn leaves(values: &Value, path: &str, found: &mut Vec<String>) {
+    match values.as_object() {
+        Some(map) if !map.is_empty() => {
+            for (name, below) in map {
+                let path = match path {
+                    "" => name.clone(),
+                    path => format!("{path}.{name}"),
+                };
+                leaves(below, &path, found);
+            }
+        }
+        _ => found.push(path.to_owned()),
+    }
+}
+
+#[test]
 fn the_values_for_cilium_are_what_its_configuration_says_then() {
     let agent = Parts::find().unwrap().get(Part::CiliumAgent).unwrap();
     let cilium = agent.with_file_name("chart").display().to_string();
