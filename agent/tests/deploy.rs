@@ -343,7 +343,7 @@ fn the_page_of_privileges() {
     page += "\nThe agent asks for each of them when it starts and names those it lacks, with what they are for: in its log, at \
              `/readyz`\n(task `rights`) and in an event on its node, until they are granted. It works on as far as it goes \
              without.\n";
-    pages::same("deploy", "privileges.md", &page);
+    pages::same("--test deploy", "privileges.md", &page);
 }
 
 #[test]
@@ -402,7 +402,7 @@ fn the_page_of_values() {
             "values.yaml says nothing about {name}"
         );
     }
-    pages::same("deploy", "values.md", &page);
+    pages::same("--test deploy", "values.md", &page);
 }
 
 /// Names of all properties that have none below them.

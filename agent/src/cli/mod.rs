@@ -128,3 +128,6 @@ fn exit(global: &Global, result: anyhow::Result<ExitCode>) -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
