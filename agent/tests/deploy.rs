@@ -149,7 +149,7 @@ fn containers_have_the_capabilities_that_the_agent_needs_and_no_other() {
 fn every_setting_in_a_manifest_is_one_of_the_agents() {
     let known: BTreeMap<String, &str> = KEYS.iter().map(|key| (key.env(), key.name)).collect();
     let helpers = read("deploy/chart/templates/_helpers.tpl");
-    let mut found = 0;
+    let mut set = BTreeSet::new();
     for (at, _) in helpers.match_indices("set $set \"") {
         let name = helpers[at + "set $set \"".len()..]
             .split('"')
@@ -159,9 +159,27 @@ fn every_setting_in_a_manifest_is_one_of_the_agents() {
             known.values().any(|key| *key == name),
             "the chart sets {name}"
         );
-        found += 1;
+        set.insert(name);
     }
-    assert!(found >= 15, "{found}");
+    assert!(set.len() >= 15, "{set:?}");
+    // Each of them is refused among the chart's `settings`, with the name of a value that there is.
+    let values: Value = serde_saphyr::from_str(&read("deploy/chart/values.yaml")).unwrap();
+    let (_, list) = helpers
+        .split_once(r#"define "culvert.values" -}}"#)
+        .unwrap();
+    let (list, _) = list.split_once("{{").unwrap();
+    let refused: BTreeMap<String, String> = serde_saphyr::from_str(list).unwrap();
+    for (key, value) in &refused {
+        assert!(known.values().any(|known| known == key), "{key}");
+        let found = value.split('.').try_fold(&values, |at, name| at.get(name));
+        assert!(found.is_some(), "there is no value {value}");
+    }
+    for name in set {
+        assert!(
+            refused.contains_key(name),
+            "settings.{name} is taken beside its value"
+        );
+    }
     let cilium = read("deploy/overlays/cilium/kustomization.yaml");
     let set: Vec<&str> = cilium
         .split([' ', ',', '{'])
@@ -170,6 +188,35 @@ fn every_setting_in_a_manifest_is_one_of_the_agents() {
     assert!(!set.is_empty());
     for name in set {
         assert!(known.contains_key(name), "{name}");
+    }
+}
+
+#[test]
+fn uninstalling_by_hand_is_told_each_platforms_directories() {
+    let page = read("docs/uninstall.md");
+    for name in [
+        "cilium",
+        "gke",
+        "k3d",
+        "k3s",
+        "microk8s",
+        "minikube",
+        "openshift",
+    ] {
+        let overlay = read(&format!("deploy/overlays/{name}/kustomization.yaml"));
+        let row = page
+            .lines()
+            .find(|line| line.contains(&format!("| `{name}` |")));
+        for (volume, option, usual) in [
+            ("cni-bin", "--cni-bin-dir", "/opt/cni/bin"),
+            ("cni-conf", "--cni-conf-dir", "/etc/cni/net.d"),
+        ] {
+            let patched = overlay.split_once(&format!("name: {volume}, hostPath: {{path: "));
+            let path = patched.map_or(usual, |(_, rest)| rest.split(',').next().unwrap());
+            let said = row.and_then(|row| row.split_once(&format!("{option} ")));
+            let said = said.map_or(usual, |(_, rest)| rest.split([' ', '`']).next().unwrap());
+            assert_eq!(said, path, "{name}");
+        }
     }
 }
 
@@ -296,7 +343,7 @@ fn the_page_of_privileges() {
     page += "\nThe agent asks for each of them when it starts and names those it lacks, with what they are for: in its log, at \
              `/readyz`\n(task `rights`) and in an event on its node, until they are granted. It works on as far as it goes \
              without.\n";
-    pages::same("deploy", "privileges.md", &page);
+    pages::same("--test deploy", "privileges.md", &page);
 }
 
 #[test]
@@ -355,7 +402,7 @@ fn the_page_of_values() {
             "values.yaml says nothing about {name}"
         );
     }
-    pages::same("deploy", "values.md", &page);
+    pages::same("--test deploy", "values.md", &page);
 }
 
 /// Names of all properties that have none below them.

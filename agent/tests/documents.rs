@@ -103,7 +103,7 @@ fn the_page_of_metrics() {
         )
         .unwrap();
     }
-    pages::same("documents", "metrics.md", &page);
+    pages::same("--test documents", "metrics.md", &page);
 }
 
 #[test]
@@ -183,5 +183,5 @@ fn the_page_of_settings() {
         )
         .unwrap();
     }
-    pages::same("documents", "settings.md", &page);
+    pages::same("--test documents", "settings.md", &page);
 }

@@ -179,6 +179,32 @@ fn uninstalling_under_a_running_agent_is_refused() {
 }
 
 #[test]
+fn a_debug_pod_finds_the_host_where_it_is_mounted() {
+    let scratch = Scratch::new("cli-host");
+    scratch.put_real("flannel");
+    let before = scratch.picture();
+    assert!(run(&scratch, &["install"]).status.success());
+    let _agent = UnixListener::bind(scratch.root.join("agent.sock")).unwrap();
+    // All paths as the host has them.
+    let uninstall = |more: &[&str]| {
+        #[expect(clippy::disallowed_methods, reason = "the program under test")]
+        let mut command = Command::new(env!("CARGO_BIN_EXE_culvert"));
+        command.env_clear().args(["uninstall", "--host-root"]);
+        command.arg(&scratch.root).args(more);
+        command.args(["--cni-bin-dir", "/bin", "--cni-conf-dir", "/net.d"]);
+        command.args(["--socket", "/agent.sock", "--bpffs", "/no-bpffs"]);
+        command.output().unwrap()
+    };
+    let refused = uninstall(&[]);
+    assert!(!refused.status.success());
+    let said = text(&refused.stderr);
+    assert!(said.contains("an agent runs on this node"), "{said}");
+    let done = uninstall(&["--force", "--unenrol-pods"]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert_eq!(scratch.picture(), before);
+}
+
+#[test]
 fn a_kill_at_any_moment_leaves_old_or_new() {
     let scratch = Scratch::new("cli-kill");
     let name = scratch.put_real("bridge-conf");

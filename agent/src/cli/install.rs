@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     os::unix::net::UnixStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -101,9 +101,28 @@ pub(crate) struct UninstallArgs {
     /// The agent's socket: how it is noticed.
     #[arg(long, env = "CULVERT_AGENT_SOCKET", default_value = culvert_cni::api::SOCKET, value_name = "FILE")]
     socket: PathBuf,
+    /// Where the host's root is mounted: it goes before all these paths and --bpffs. /host in a pod of `kubectl debug node`.
+    #[arg(long, default_value = "/", value_name = "DIR")]
+    host_root: PathBuf,
     /// Print what would change, and change nothing.
     #[arg(long)]
     dry_run: bool,
+}
+
+impl UninstallArgs {
+    /// A path of the host's as it is found from here.
+    fn on_host(&self, path: &Path) -> PathBuf {
+        self.host_root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    fn options(&self) -> Options {
+        let options = self.place.options();
+        Options {
+            bin_dir: self.on_host(&options.bin_dir),
+            conf_dir: self.on_host(&options.conf_dir),
+            ..options
+        }
+    }
 }
 
 /// A variable of istio-cni's that means the same here; empty counts as unset.
@@ -242,17 +261,18 @@ fn show(global: &Global, plan: &Plan, dry_run: bool) -> anyhow::Result<()> {
 }
 
 pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result<ExitCode> {
-    let installer = Installer::new(args.place.options());
+    let installer = Installer::new(args.options());
+    let socket = args.on_host(&args.socket);
     if args.dry_run {
         show(global, &installer.plan_uninstall()?, true)?;
         return Ok(ExitCode::SUCCESS);
     }
     anyhow::ensure!(
-        args.force || UnixStream::connect(&args.socket).is_err(),
+        args.force || UnixStream::connect(&socket).is_err(),
         "an agent runs on this node (it answers at {}) and would put everything back at once: delete its DaemonSet, or keep it \
          off this node by its node selector, and the agent takes the plugin away itself; or stop it first; --force does not \
          wait for that",
-        args.socket.display()
+        socket.display()
     );
     let mut failed: Vec<anyhow::Error> = Vec::new();
     match installer.uninstall() {
@@ -261,7 +281,10 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result
     }
     // New pods have to stop coming first.
     if args.unenrol_pods && failed.is_empty() {
-        failed.extend(unenrol(global, Duration::from_secs(args.wait))?);
+        failed.extend(unenrol(
+            &args.on_host(&global.bpffs),
+            Duration::from_secs(args.wait),
+        )?);
     }
     let code = if failed.is_empty() {
         ExitCode::SUCCESS
@@ -278,8 +301,8 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> anyhow::Result
 const APPEARING: Duration = Duration::from_secs(2);
 
 /// Lets every pod go and unloads; what could not be done.
-fn unenrol(global: &Global, wait: Duration) -> anyhow::Result<Vec<anyhow::Error>> {
-    let Some(node) = Node::open(&global.bpffs)? else {
+fn unenrol(bpffs: &Path, wait: Duration) -> anyhow::Result<Vec<anyhow::Error>> {
+    let Some(node) = Node::open(bpffs)? else {
         return Ok(Vec::new());
     };
     let started = Instant::now();
@@ -318,6 +341,6 @@ fn unenrol(global: &Global, wait: Duration) -> anyhow::Result<Vec<anyhow::Error>
         ));
         return Ok(failed);
     }
-    node::unload(&global.bpffs, false)?;
+    node::unload(bpffs, false)?;
     Ok(failed)
 }

@@ -129,3 +129,6 @@ fn exit(global: &Global, result: anyhow::Result<ExitCode>) -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

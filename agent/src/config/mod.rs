@@ -100,7 +100,7 @@ settings! {
     /// Directory of the cgroup v2 hierarchy that holds all pods, for the DNS programs; by default `kubepods`, found by
     /// looking.
     dns_cgroup: Option<PathBuf> = None, "dns-cgroup";
-    /// Directory of the agent's sockets and lock; does not survive a reboot.
+    /// Directory of the agent's socket and its list of captured pods; does not survive a reboot.
     run_dir: PathBuf = "/run/culvert".into(), "run-dir";
     /// Unix socket at which ztunnel asks for the node's pods.
     zds_socket: PathBuf = "/var/run/ztunnel/ztunnel.sock".into(), "zds-socket", or "ZTUNNEL_UDS_ADDRESS";
@@ -155,7 +155,7 @@ settings! {
     agent_away: AgentAway = AgentAway::Decisions, "agent-away";
     /// How long the plugin tries to reach the agent and have a pod enrolled.
     plugin_budget: Duration = Duration::from_secs(25), "plugin-budget";
-    /// Directory of Pod and Namespace manifests to use in place of an API server.
+    /// Directory of Pod and Namespace manifests, or one file of them, to use in place of an API server.
     pods: Option<PathBuf> = None, "pods";
     /// Kubeconfig to use in place of the pod's service account.
     kubeconfig: Option<PathBuf> = None, "kubeconfig";

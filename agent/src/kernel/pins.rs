@@ -1,6 +1,6 @@
 //! The pin directory on bpffs: where everything outlives its maker, and the one lock over it.
 //!
-//! Layout: `maps/NAME`, `links/PROGRAM`, `pods/COOKIE` (the link of that pod's `culvert_steer`). What is
+//! Layout: `maps/NAME`, `links/PROGRAM`, `pods/COOKIE` (the link of that pod's `culvert_enter`). What is
 //! half made lives in `new-PID` until it is renamed into place.
 
 use std::{

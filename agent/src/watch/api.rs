@@ -1,4 +1,4 @@
-//! The Kubernetes API as the agent uses it: three kinds of watches, and the few requests beside them.
+//! The Kubernetes API as the agent uses it: five kinds of watches, and the few requests beside them.
 //!
 //! Of other nodes' pods nothing is kept but how many ask for the mesh in a namespace.
 

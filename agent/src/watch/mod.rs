@@ -1,6 +1,6 @@
 //! Which pods and namespaces there are: from the Kubernetes API or from a directory of manifests, as plain data.
 //!
-//! Knows no kernel and decides nothing; writes nothing but the redirection annotation and events.
+//! Knows no kernel and decides nothing; writes nothing but an annotation and a condition of pods, and events.
 
 pub mod api;
 pub mod cilium;

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 /// Compares a page with its file; `CULVERT_BLESS` in the environment of `test` writes it instead.
-pub(crate) fn same(test: &str, name: &str, page: &str) {
+pub(crate) fn same(target: &str, name: &str, page: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../docs")
         .join(name);
@@ -16,6 +16,6 @@ pub(crate) fn same(test: &str, name: &str, page: &str) {
     assert!(
         kept == page,
         "docs/{name} is not what the code says: {differs:?}; write it anew with \
-         `CULVERT_BLESS=1 cargo test -p culvert --test {test}`"
+         `CULVERT_BLESS=1 cargo test -p culvert {target}`"
     );
 }

@@ -39,12 +39,46 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.security.seLinuxType | default (ternary "spc_t" "" (eq .Values.platform "openshift")) }}
 {{- end }}
 
+{{- /* Settings that follow from a value, which may mean more: a port is named in the pod too, a directory mounted. */}}
+{{- define "culvert.values" -}}
+agent-away: agent.agentAway
+agent-socket: hostPaths.run
+cni-bin-dir: hostPaths.cniBin
+cni-chained: cni.chained
+cni-conf-dir: hostPaths.cniConf
+cni-conf-group-read: cni.confGroupRead
+cni-conf-name: cni.confName
+cni-install: cni.install
+cni-own-config: cni.ownConfig
+cni-own-config-name: cni.ownConfigName
+decision-file: hostPaths.state
+disable-safe-upgrade: agent.disableSafeUpgrade
+dns-capture: agent.dnsCapture
+dns-scope: agent.dnsScope
+enablement-selectors: agent.enablementSelectors
+excluded-namespaces: agent.excludedNamespaces
+health-address: agent.healthPort
+ipv6: agent.ipv6
+log-format: agent.logFormat
+log-level: agent.logLevel
+metrics-address: agent.metricsPort
+otlp-endpoint: agent.otlpEndpoint
+probe-source: agent.probeSource
+run-dir: hostPaths.run
+system-namespace: agent.systemNamespace
+ztunnel-grace: agent.ztunnelGrace
+{{- end }}
+
 {{- /* Settings of the agent that are not its defaults, as environment variables. */}}
 {{- define "culvert.env" -}}
 {{- $agent := .Values.agent }}
 {{- $cni := .Values.cni }}
 {{- $set := dict }}
-{{- with $agent.excludedNamespaces | join "," }}{{ if ne . "kube-system" }}{{ $_ := set $set "excluded-namespaces" . }}{{ end }}{{ end }}
+{{- /* An empty variable counts as not set, so none is written as an empty list. */}}
+{{- if kindIs "slice" $agent.excludedNamespaces }}
+{{- $names := $agent.excludedNamespaces | join "," | default "[]" }}
+{{- if ne $names "kube-system" }}{{ $_ := set $set "excluded-namespaces" $names }}{{ end }}
+{{- end }}
 {{- if ne $agent.systemNamespace "istio-system" }}{{ $_ := set $set "system-namespace" $agent.systemNamespace }}{{ end }}
 {{- with $agent.enablementSelectors }}{{ $_ := set $set "enablement-selectors" (toJson .) }}{{ end }}
 {{- if not $agent.dnsCapture }}{{ $_ := set $set "dns-capture" "false" }}{{ end }}
@@ -63,12 +97,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- with $cni.confName }}{{ $_ := set $set "cni-conf-name" . }}{{ end }}
 {{- if not $cni.chained }}{{ $_ := set $set "cni-chained" "false" }}{{ end }}
 {{- $own := $cni.ownConfig | toString }}
-{{- if and (eq $own "auto") (eq .Values.platform "cilium") }}{{ $own = "true" }}{{ end }}
+{{- if and $cni.chained (eq $own "auto") (eq .Values.platform "cilium") }}{{ $own = "true" }}{{ end }}
 {{- if ne $own "auto" }}{{ $_ := set $set "cni-own-config" $own }}{{ end }}
 {{- with $cni.ownConfigName }}{{ $_ := set $set "cni-own-config-name" . }}{{ end }}
 {{- if $cni.confGroupRead }}{{ $_ := set $set "cni-conf-group-read" "true" }}{{ end }}
+{{- with .Values.hostPaths }}
+{{- if ne .run "/run/culvert" }}
+{{- $_ := set $set "run-dir" .run }}
+{{- /* For `culvert status` in the container, which knows no run directory. */}}
+{{- $_ := set $set "agent-socket" (printf "%s/agent.sock" .run) }}
+{{- end }}
+{{- if ne .state "/var/lib/culvert" }}{{ $_ := set $set "decision-file" (printf "%s/decisions.json" .state) }}{{ end }}
+{{- end }}
+{{- $values := include "culvert.values" . | fromYaml }}
 {{- range $key, $value := .Values.settings }}
-{{- if hasKey $set $key }}{{ fail (printf "settings.%s: the chart has a value for this setting, which is used too; set one of them" $key) }}{{ end }}
+{{- with get $values $key }}{{ fail (printf "settings.%s: the chart has a value for this: set %s" $key .) }}{{ end }}
 {{- $_ := set $set $key $value }}
 {{- end }}
 {{- range $key := keys $set | sortAlpha }}

@@ -67,10 +67,12 @@ fn pods_stay_captured_until_they_are_let_go_by_name() {
         assert_eq!(via, Via::Nothing, "{family:?}");
     }
     drop(open);
-    culvert(&mesh.lab, "uninstall", &["--unenrol-pods", "--wait", "20"])
-        .unwrap()
-        .ok()
-        .unwrap();
+    // As from a pod that has the host's root mounted: every path is looked for below it, pins too.
+    let host = mesh.lab.scratch().join("host");
+    std::os::unix::fs::symlink("/", &host).unwrap();
+    let root = ["--host-root", host.to_str().unwrap()];
+    let all = ["--unenrol-pods", "--wait", "20", root[0], root[1]];
+    culvert(&mesh.lab, "uninstall", &all).unwrap().ok().unwrap();
     assert_eq!(mesh.lab.pins().unwrap(), Vec::<std::path::PathBuf>::new());
     drop(mesh.ztunnel);
     picture::same(&before, &picture::all(&mesh.lab, &[&a, &b]).unwrap()).unwrap();

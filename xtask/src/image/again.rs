@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Fails when the same commit gives another object or another image elsewhere.
-pub(super) fn verify(project: &Project, tag: &str) -> Result<()> {
+pub(super) fn verify(project: &Project, tag: &str, source: Option<&str>) -> Result<()> {
     let origin = Origin::find(project)?;
     let revision = origin
         .revision
@@ -20,7 +20,7 @@ pub(super) fn verify(project: &Project, tag: &str) -> Result<()> {
     if revision.ends_with("-dirty") {
         bail!("two builds of one commit are compared, and there are changes: commit or stash them");
     }
-    super::write(project, tag)?;
+    super::write(project, tag, source)?;
     // Deeper than the tree itself: paths of another length move more than paths of another name.
     let place = project.target.join("image/again");
     let clone = place.join("in/another/directory");
@@ -43,6 +43,7 @@ pub(super) fn verify(project: &Project, tag: &str) -> Result<()> {
     let mut build = cmd::cargo(&again);
     build
         .args(["xtask", "image", "--tag", tag])
+        .args(source.map(|url| format!("--source={url}")))
         .env("CARGO_TARGET_DIR", &target);
     cmd::run(&mut build)?;
 

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use culvert_oci::{Image, Layer};
+use culvert_oci::{Image, LARGEST, Layer};
 
 use self::components::Components;
 use crate::{
@@ -24,15 +24,15 @@ use crate::{
 
 /// The programs, both static.
 const PROGRAMS: [&str; 2] = ["culvert", "culvert-cni"];
-/// More than this is not pulled by a node in the second that it takes to start the agent.
-const LARGEST: usize = 25 * 1024 * 1024;
-
 /// Options of `image`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The image's name and tag
     #[arg(long, default_value = "culvert:dev", value_name = "NAME")]
     tag: String,
+    /// Where its sources are published, for the label `org.opencontainers.image.source`
+    #[arg(long, value_name = "URL")]
+    source: Option<String>,
     /// Build the commit a second time, in another directory and from nothing, and fail unless both are the same
     #[arg(long)]
     verify: bool,
@@ -42,19 +42,19 @@ pub(crate) struct Args {
 pub(crate) fn main(args: &Args) -> Result<()> {
     let project = Project::find();
     if args.verify {
-        return again::verify(&project, &args.tag);
+        return again::verify(&project, &args.tag, args.source.as_deref());
     }
-    let path = write(&project, &args.tag)?;
+    let path = write(&project, &args.tag, args.source.as_deref())?;
     println!("{}", path.display());
     Ok(())
 }
 
 /// Builds the image that tests install.
 pub(crate) fn ensure(project: &Project) -> Result<PathBuf> {
-    write(project, "culvert:dev")
+    write(project, "culvert:dev", None)
 }
 
-fn write(project: &Project, name: &str) -> Result<PathBuf> {
+fn write(project: &Project, name: &str, source: Option<&str>) -> Result<PathBuf> {
     ebpf::ensure(project)?;
     build::binaries(project, Profile::Static, &PROGRAMS)?;
     let dir = project.target.join("image");
@@ -80,7 +80,7 @@ fn write(project: &Project, name: &str) -> Result<PathBuf> {
     let image = Image {
         name: name.to_owned(),
         created: origin.time,
-        labels: origin.labels(),
+        labels: origin.labels(source),
         entrypoint: vec!["/bin/culvert".to_owned()],
         environment: vec!["PATH=/bin".to_owned()],
         layer,
@@ -91,16 +91,16 @@ fn write(project: &Project, name: &str) -> Result<PathBuf> {
     write_beside(&dir, "culvert.cdx.json", &sbom)?;
     write_beside(&dir, "digest", &format!("{}\n", written.digest))?;
     eprintln!(
-        "{name} {}: {:.1} MiB, {:.1} MiB compressed",
+        "{name} {}: {:.1} MB, {:.1} MB compressed",
         written.digest,
-        mebibytes(written.unpacked),
-        mebibytes(written.packed)
+        megabytes(written.unpacked),
+        megabytes(written.packed)
     );
     if written.unpacked > LARGEST {
         bail!(
-            "the image is larger than {} MiB: look for what has grown with `cargo bloat`, or for a dependency that is not \
+            "the image is larger than {} MB: look for what has grown with `cargo bloat`, or for a dependency that is not \
              needed",
-            LARGEST >> 20
+            LARGEST / 1_000_000
         );
     }
     Ok(path)
@@ -110,8 +110,8 @@ fn write(project: &Project, name: &str) -> Result<PathBuf> {
     clippy::cast_precision_loss,
     reason = "printed with one digit behind the point"
 )]
-fn mebibytes(bytes: usize) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
+fn megabytes(bytes: usize) -> f64 {
+    bytes as f64 / 1e6
 }
 
 fn write_beside(dir: &Path, name: &str, text: &str) -> Result<()> {
@@ -178,7 +178,7 @@ impl Origin {
         Ok(Self { revision, time })
     }
 
-    fn labels(&self) -> std::collections::BTreeMap<String, String> {
+    fn labels(&self, source: Option<&str>) -> std::collections::BTreeMap<String, String> {
         let created = std::time::UNIX_EPOCH + std::time::Duration::from_secs(self.time);
         let created = humantime::format_rfc3339_seconds(created).to_string();
         let label = |name: &str, value: &str| {
@@ -195,6 +195,7 @@ impl Origin {
             label("created", &created),
         ]);
         labels.extend(self.revision.iter().map(|hash| label("revision", hash)));
+        labels.extend(source.map(|url| label("source", url)));
         labels
     }
 }
@@ -211,6 +212,32 @@ fn said(command: &mut Command) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_say_what_is_known_of_the_sources() {
+        let label = |origin: &Origin, source, name: &str| {
+            let labels = origin.labels(source);
+            labels
+                .get(&format!("org.opencontainers.image.{name}"))
+                .cloned()
+        };
+        let checkout = Origin {
+            revision: Some("abc-dirty".to_owned()),
+            time: 1_700_000_000,
+        };
+        let url = Some("https://example.org/culvert");
+        assert_eq!(label(&checkout, url, "source").as_deref(), url);
+        assert_eq!(label(&checkout, None, "source"), None);
+        let revision = label(&checkout, None, "revision");
+        assert_eq!(revision.as_deref(), Some("abc-dirty"));
+        let created = label(&checkout, None, "created");
+        assert_eq!(created.as_deref(), Some("2023-11-14T22:13:20Z"));
+        let archive = Origin {
+            revision: None,
+            ..checkout
+        };
+        assert_eq!(label(&archive, None, "revision"), None);
+    }
 
     #[test]
     fn roots_are_a_bundle_of_many() {

@@ -54,10 +54,10 @@ fn values_that_contradict_are_refused_by_name() {
         (&["hostPaths.cniBin=opt/cni/bin"], "/hostPaths/cniBin"),
         (&["hostPaths.bpffs="], "/hostPaths/bpffs"),
         (&["image.digest=sha256:12"], "/image/digest"),
-        (
-            &["agent.logLevel=warn", "settings.log-level=debug"],
-            "settings.log-level",
-        ),
+        (&["settings.log-level=debug"], "set agent.logLevel"),
+        (&["settings.health-address=:9000"], "set agent.healthPort"),
+        (&["settings.run-dir=/run/x"], "set hostPaths.run"),
+        (&["resourceQuota.pods=0"], "/resourceQuota/pods"),
         (&["settings.Log_Level=debug"], "Log_Level"),
     ] {
         let output = template(values);
@@ -65,79 +65,6 @@ fn values_that_contradict_are_refused_by_name() {
         assert!(!output.status.success(), "{values:?} was taken");
         assert!(said.contains(named), "{values:?}: {said}");
     }
-}
-
-/// The DaemonSet's container.
-fn agent(values: &[&str]) -> Value {
-    let all = chart(values);
-    let (_, daemonset) = all
-        .iter()
-        .find(|((kind, ..), _)| kind == "DaemonSet")
-        .unwrap();
-    daemonset["spec"]["template"]["spec"]["containers"][0].clone()
-}
-
-#[test]
-fn values_reach_the_agent() {
-    let container = agent(&[
-        "agent.excludedNamespaces={kube-system,legacy}",
-        "agent.probeSource=none",
-        "agent.metricsPort=9000",
-        "agent.ztunnelGrace=1m",
-        "agent.enablementSelectors[0].podSelector.matchLabels.mesh=yes",
-        "settings.reconcile-period=10s",
-        "cni.ownConfig=false",
-    ]);
-    let variable = |name: &str| -> String {
-        let all = container["env"].as_array().unwrap();
-        let one = all
-            .iter()
-            .find(|one| one["name"] == name)
-            .unwrap_or_else(|| panic!("no {name}"));
-        one["value"].as_str().unwrap().to_owned()
-    };
-    assert_eq!(
-        variable("CULVERT_EXCLUDED_NAMESPACES"),
-        "kube-system,legacy"
-    );
-    assert_eq!(variable("CULVERT_PROBE_SOURCE"), "none");
-    assert_eq!(variable("CULVERT_METRICS_ADDRESS"), ":9000");
-    assert_eq!(variable("CULVERT_ZTUNNEL_GRACE"), "1m");
-    assert_eq!(
-        variable("CULVERT_ENABLEMENT_SELECTORS"),
-        r#"[{"podSelector":{"matchLabels":{"mesh":"yes"}}}]"#
-    );
-    assert_eq!(variable("CULVERT_RECONCILE_PERIOD"), "10s");
-    assert_eq!(variable("CULVERT_CNI_OWN_CONFIG"), "false");
-    let ports = container["ports"].as_array().unwrap();
-    assert!(ports.iter().any(|port| port["containerPort"] == 9000));
-    let digest = format!("sha256:{}", "0".repeat(64));
-    let image = agent(&[
-        "image.repository=registry.example/culvert",
-        &format!("image.digest={digest}"),
-    ]);
-    assert_eq!(image["image"], format!("registry.example/culvert@{digest}"));
-}
-
-#[test]
-fn scopes_divide_the_objects_between_them() {
-    let of = |values: &[&str]| -> Vec<_> { chart(values).into_keys().collect() };
-    let platform = "platform=openshift";
-    let mut divided = of(&[platform, "resourceScope=cluster"]);
-    assert!(
-        divided.iter().all(|(_, namespace, _)| namespace.is_empty()),
-        "{divided:?}"
-    );
-    let namespaced = of(&[platform, "resourceScope=namespace"]);
-    assert!(
-        namespaced
-            .iter()
-            .all(|(_, namespace, _)| !namespace.is_empty()),
-        "{namespaced:?}"
-    );
-    divided.extend(namespaced);
-    divided.sort();
-    assert_eq!(divided, of(&[platform]));
 }
 
 /// Helm with a cluster's administrator.
@@ -171,7 +98,7 @@ fn a_release_is_installed_upgraded_rolled_back_and_removed() {
         "--set",
         "agent.logLevel=debug",
         "--set",
-        "resourceQuota=true",
+        "resourceQuota.enabled=true",
         "--set",
         "monitoring.serviceMonitor.enabled=true",
         "--set",
@@ -312,6 +239,46 @@ fn the_values_for_istio_do_what_they_say_in_its_own_charts() {
         ztunnel["spec"]["template"]["metadata"]["labels"]["app"],
         "ztunnel"
     );
+}
+
+#[test]
+fn every_value_of_istio_cnis_chart_has_a_line_for_those_who_come_from_it() {
+    let charts = Parts::find().unwrap().get(Part::IstioCharts).unwrap();
+    let values = std::fs::read_to_string(charts.join("istio-cni/values.yaml")).unwrap();
+    let values: Value = serde_saphyr::from_str(&values).unwrap();
+    let page = std::fs::read_to_string(deploy().join("../docs/from-istio-cni.md")).unwrap();
+    let mut names = Vec::new();
+    leaves(&values["_internal_defaults_do_not_set"], "", &mut names);
+    assert!(names.len() > 40, "{names:?}");
+    for name in names {
+        // Some values of `global` are defaults for those of the same name, and of some a part is said for the whole.
+        let own = name.strip_prefix("global.").unwrap_or(&name);
+        let above = name.match_indices('.').map(|(at, _)| name[..at].to_owned());
+        let said = above
+            .flat_map(|above| [format!("`{above}.*`"), format!("`{above}`")])
+            .chain([format!("`{name}`"), format!("`{own}`")])
+            .any(|word| page.contains(&word));
+        assert!(
+            said,
+            "docs/from-istio-cni.md does not say what becomes of {name}"
+        );
+    }
+}
+
+/// Names of all values that have none below them.
+fn leaves(values: &Value, path: &str, found: &mut Vec<String>) {
+    match values.as_object() {
+        Some(map) if !map.is_empty() => {
+            for (name, below) in map {
+                let path = match path {
+                    "" => name.clone(),
+                    path => format!("{path}.{name}"),
+                };
+                leaves(below, &path, found);
+            }
+        }
+        _ => found.push(path.to_owned()),
+    }
 }
 
 #[test]

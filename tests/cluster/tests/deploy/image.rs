@@ -5,11 +5,9 @@ use std::fs::File;
 use std::io::Read as _;
 
 use culvert_cluster::culvert_image;
+use culvert_oci::LARGEST;
 use flate2::read::GzDecoder;
 use serde_json::Value;
-
-/// Of what a node gets, unpacked.
-const LARGEST: usize = 25_000_000;
 
 fn tar(from: impl std::io::Read) -> BTreeMap<String, (u32, Vec<u8>)> {
     let mut archive = tar::Archive::new(from);
@@ -123,6 +121,12 @@ fn the_image_holds_two_static_programs_roots_licences_and_a_bill_of_materials() 
             "{name}"
         );
     }
+    let revision = labels["org.opencontainers.image.revision"].as_str();
+    let commit = revision.map(|text| text.trim_end_matches("-dirty"));
+    assert!(
+        commit.is_some_and(|text| text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit())),
+        "{revision:?} is no commit"
+    );
     let index = json("index.json");
     let name = &index["manifests"][0]["annotations"]["io.containerd.image.name"];
     assert_eq!(*name, "docker.io/library/culvert:dev");

@@ -9,6 +9,7 @@ mod chart;
 mod image;
 mod manifests;
 mod render;
+mod values;
 
 /// Kinds that only some platforms have, as far as these tests need them: the API server looks at names alone.
 const FOREIGN_KINDS: [(&str, &str, &str, &str); 5] = [

@@ -120,6 +120,7 @@ fn the_agent_is_held_to_what_it_needs() {
             "RuntimeDefault"
         );
         assert_eq!(spec["priorityClassName"], "system-node-critical");
+        assert_eq!(spec["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
         let strategy = &object["spec"]["updateStrategy"]["rollingUpdate"];
         assert_eq!(*strategy, json!({"maxUnavailable": 1, "maxSurge": 0}));
         for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
@@ -127,6 +128,10 @@ fn the_agent_is_held_to_what_it_needs() {
                 spec["containers"][0][probe]["httpGet"]["path"].is_string(),
                 "{probe}"
             );
+        }
+        // The default is a second, which a busy node may take.
+        for probe in ["livenessProbe", "readinessProbe"] {
+            assert_eq!(spec["containers"][0][probe]["timeoutSeconds"], 5, "{probe}");
         }
         let mounts = spec["containers"][0]["volumeMounts"].as_array().unwrap();
         let cgroup = mounts

@@ -76,7 +76,12 @@ pub(crate) fn template(values: &[&str]) -> Output {
         "1.36.3",
     ];
     for value in values {
-        args.extend(["--set", value]);
+        // Written otherwise, an empty list is one empty string.
+        let flag = match value.ends_with("=[]") {
+            true => "--set-json",
+            false => "--set",
+        };
+        args.extend([flag, value]);
     }
     helm(&args).output().unwrap()
 }
