@@ -55,7 +55,7 @@ pub use built::culvert_image;
 pub use cluster::{Cluster, Cni, Options};
 pub use control_plane::ControlPlane;
 pub use image::{BUSYBOX, Image};
-pub use kubectl::Kubectl;
+pub use kubectl::{IN_TIME, Kubectl};
 pub use mesh::{AGENT, Mesh, PROXY, STRICT};
 pub use namespace::Namespace;
 pub use node::Node;

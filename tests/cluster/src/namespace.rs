@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use crate::api::Api;
+use crate::kubectl::IN_TIME;
 use crate::mesh::AGENT;
 use crate::place;
 
@@ -35,7 +36,7 @@ impl Api {
     /// # Errors
     /// When the API server refuses it, or no controller makes the service account.
     pub fn namespace(&self, name: &str, labels: &[&str]) -> Result<Namespace<'_>> {
-        self.kubectl(&["delete", "namespace", name, "--ignore-not-found"])?;
+        self.kubectl(&["delete", "namespace", name, "--ignore-not-found", IN_TIME])?;
         self.kubectl(&["create", "namespace", name])?;
         let namespace = Namespace {
             api: self,

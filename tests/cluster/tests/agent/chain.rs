@@ -4,7 +4,7 @@
 use std::io::Write as _;
 use std::process::Stdio;
 
-use culvert_cluster::{Part, Parts, Service, pod};
+use culvert_cluster::{IN_TIME, Part, Parts, Service, pod};
 use serde_json::{Value, json};
 
 use crate::alone;
@@ -157,7 +157,7 @@ fn pods_start_are_served_and_end_under_every_version_of_the_configuration() {
                 "{given}"
             );
         }
-        let delete = ["delete", "pod", "--all", "--timeout=120s"];
+        let delete = ["delete", "pod", "--all", IN_TIME];
         bed.namespace.kubectl(&delete).unwrap();
         for (node, uid, addresses) in &pods {
             bed.until(&format!("{version}: {node} has let go of its pod"), || {
@@ -256,7 +256,14 @@ fn every_verb_works_by_hand_against_the_installed_chain() {
     bed.cluster
         .run_on(&node, &["ip", "netns", "delete", "by-hand"])
         .unwrap();
-    let delete = ["delete", "pod", "hand", "--grace-period=0", "--force"];
+    let delete = [
+        "delete",
+        "pod",
+        "hand",
+        "--grace-period=0",
+        "--force",
+        IN_TIME,
+    ];
     bed.namespace.kubectl(&delete).unwrap();
     drop(away);
     // The node works on.

@@ -1,7 +1,7 @@
 //! Agents that cannot work on a node: what is wrong, and what to do, stands where people look for it, and the node's
 //! network is as it was.
 
-use culvert_cluster::{AGENT, Mesh, Node, pod};
+use culvert_cluster::{AGENT, IN_TIME, Mesh, Node, pod};
 use serde_json::{Value, json};
 
 use crate::alone;
@@ -98,7 +98,7 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
     let mut role = bed.cluster.admin().get(&role).unwrap();
     let nodes = bed.cluster.nodes();
     let _back = Back(&bed);
-    of_agent(&bed, &["delete", "daemonset", AGENT.0]);
+    of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     for node in NODES {
         bed.until(&format!("{node} is as before"), || !installed(&bed, node));
     }
@@ -193,7 +193,7 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
 
     variants.delete(true);
     bed.cluster
-        .kubectl(&["delete", "clusterrole", "culvert"])
+        .kubectl(&["delete", "clusterrole", "culvert", IN_TIME])
         .unwrap();
     let pods = [agent_pod(&daemonset, "no-role", "node1")];
     let variants = Variants::start(&bed, &pods);

@@ -1,6 +1,6 @@
 //! Culvert taken away: from a node, from the cluster, and pods too when that is asked for.
 
-use culvert_cluster::{AGENT, Mesh, pod};
+use culvert_cluster::{AGENT, IN_TIME, Mesh, pod};
 
 use crate::alone;
 use crate::bed::{AMBIENT, Bed, shell, talker};
@@ -51,12 +51,12 @@ fn its_daemonset_is_deleted_with_and_without_its_account() {
     let bed = &traffic.bed;
     for round in ["alone", "with-account"] {
         if round == "alone" {
-            of_agent(bed, &["delete", "daemonset", AGENT.0]);
+            of_agent(bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
         } else {
             // The account goes first: the agent's token is worth nothing when it asks.
-            of_agent(bed, &["delete", "serviceaccount", "culvert"]);
+            of_agent(bed, &["delete", "serviceaccount", "culvert", IN_TIME]);
             bed.cluster
-                .kubectl(&["delete", "namespace", AGENT.1])
+                .kubectl(&["delete", "namespace", AGENT.1, IN_TIME])
                 .unwrap();
         }
         for node in ["node1", "node2"] {
@@ -89,7 +89,7 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
     bed.start(&[shell("leaver", "node1")]);
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
-    of_agent(&bed, &["delete", "daemonset", AGENT.0]);
+    of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     let nodes = bed.cluster.nodes();
     for node in &nodes {
         bed.until("its plugin is gone", || !installed(&bed, &node.name()));
@@ -103,6 +103,7 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
             "-n",
             bed.name(),
             "--grace-period=1",
+            IN_TIME,
         ])
         .unwrap();
     let culvert = Mesh::culvert().unwrap().display().to_string();

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use culvert_cluster::{POD, pod};
+use culvert_cluster::{IN_TIME, POD, pod};
 use serde_json::{Value, json};
 
 use crate::bed::{AMBIENT, Bed};
@@ -139,11 +139,12 @@ fn a_stateful_pod_comes_back_under_its_name() {
         });
         bed.wait_for_membership("db-0", true);
         assert_eq!(bed.counted("server", "hbone_in"), round as u64);
-        bed.namespace.kubectl(&["delete", "pod", "db-0"]).unwrap();
+        let delete = ["delete", "pod", "db-0", IN_TIME];
+        bed.namespace.kubectl(&delete).unwrap();
     }
     assert_eq!(seen_on(captures, &["stateful-secret"]), [0]);
     bed.namespace
-        .kubectl(&["delete", "statefulset", "db"])
+        .kubectl(&["delete", "statefulset", "db", IN_TIME])
         .unwrap();
 }
 

@@ -1,7 +1,7 @@
 //! Agents beside the one of the DaemonSet, each changed in one respect that keeps it from working: pods made from the
 //! DaemonSet's template, and what they leave behind when they end.
 
-use culvert_cluster::AGENT;
+use culvert_cluster::{AGENT, IN_TIME};
 use serde_json::{Value, json};
 
 use crate::bed::Bed;
@@ -68,6 +68,7 @@ impl<'a> Variants<'a> {
             "--ignore-not-found",
             "--now",
             &wait,
+            IN_TIME,
         ];
         let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
         let deleted = self.bed.cluster.kubectl(&[&delete[..], &names].concat());
