@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use culvert_cluster::{AGENT, Service};
+use culvert_cluster::{AGENT, IN_TIME, Service};
+use culvert_lab::Stop;
 use serde_json::json;
 
 use crate::alone;
@@ -70,7 +71,7 @@ fn the_agents_token_is_worth_nothing_and_is_renewed() {
     let agents = running_agents(bed);
     // A token ends with the account that it was made for, and one of the same name is another. No token lives less than ten
     // minutes, so this is how one ends within a test.
-    of_agent(bed, &["delete", "serviceaccount", "culvert"]);
+    of_agent(bed, &["delete", "serviceaccount", "culvert", IN_TIME]);
     of_agent(bed, &["create", "serviceaccount", "culvert"]);
     // Watches outlive the token that they began with, but not the server.
     bed.cluster.stop_api_server().unwrap();
@@ -128,6 +129,7 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
     plugins.retain(|plugin| plugin["type"] != "culvert-cni");
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let at_the_end = Stop::at_the_end(&stop);
         let rewriting = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 // From within the node: its /etc is an overlay, which may not be changed from beneath.
@@ -155,7 +157,7 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
             .wait_until("the event", crate::bed::LONG, &events, told);
         // Whatever gap it finds, a new pod is in the mesh soon.
         traffic.new_pods_start("meanwhile");
-        stop.store(true, Ordering::Relaxed);
+        drop(at_the_end);
         rewriting.join().unwrap();
         said.unwrap();
     });
