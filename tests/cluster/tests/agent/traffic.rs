@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use culvert_cluster::{AGENT, POD, pod};
 use serde_json::{Value, json};
@@ -97,11 +98,20 @@ pub(crate) fn configurations(bed: &Bed, node: &str) -> String {
 
 /// Whether plugin and configuration of a node are in place.
 pub(crate) fn installed(bed: &Bed, node: &str) -> bool {
-    let plugin = bed.cluster.node(node).unwrap();
-    let plugin = plugin.dir().join("opt/cni/bin/culvert-cni").exists();
+    // In the order in which they are taken away: the plugin is there for as long as there is an entry.
     let entry = configurations(bed, node).contains("culvert-cni");
-    assert!(plugin || !entry, "{node}: an entry without a plugin");
+    let plugin = plugin_of(bed, node).exists();
+    assert!(
+        plugin || !entry || !configurations(bed, node).contains("culvert-cni"),
+        "{node}: an entry without a plugin"
+    );
     plugin && entry
+}
+
+/// Where the plugin of a node is, if it is.
+pub(crate) fn plugin_of(bed: &Bed, node: &str) -> PathBuf {
+    let node = bed.cluster.node(node).unwrap();
+    node.dir().join("opt/cni/bin/culvert-cni")
 }
 
 /// Runs kubectl in the agent's namespace.

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::alone;
 use crate::bed::Bed;
 use crate::capture::{Capture, seen_on};
-use crate::traffic::{Traffic, installed, of_agent};
+use crate::traffic::{self, Traffic, installed, of_agent};
 
 /// How an eBPF object begins: ELF, 64 bits, little-endian, version 1, eight unused bytes, relocatable, for BPF.
 const OBJECT: [u8; 20] = *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x01\0\xf7\0";
@@ -45,12 +45,6 @@ fn bring_another_build(bed: &Bed) -> PathBuf {
         .entrypoint(&["/bin/culvert"]);
     bed.cluster.add_image(&image).unwrap();
     plugin
-}
-
-/// The plugin that a node's runtime calls.
-fn plugin_of(bed: &Bed, node: &str) -> Vec<u8> {
-    let node = bed.cluster.node(node).unwrap();
-    fs::read(node.dir().join("opt/cni/bin/culvert-cni")).unwrap()
 }
 
 /// Everything that happens to the agents' pods, as the API server tells it.
@@ -94,39 +88,59 @@ impl Watch {
         all.map_while(Result::ok).collect()
     }
 
-    /// In which order nodes lost their agent; each was the only one without a ready one.
+    /// In which order nodes lost their agent: when its pod was told to go, the other node had a ready one. A pod whose
+    /// readiness fails for a moment on a busy machine is no agent that is lost.
     fn one_node_after_the_other(self, bed: &Bed) -> Vec<String> {
-        // Until the watch has told of what is known to have happened.
-        let ready = |pods: &BTreeMap<String, (String, bool)>| {
-            let ready = pods.values().filter(|(_, serves)| *serves);
-            ready.map(|(node, _)| node.clone()).collect::<Vec<_>>()
+        let ready = |pods: &BTreeMap<String, Agent>| {
+            let ready = pods.values().filter(|agent| agent.ready && !agent.goes);
+            ready.map(|agent| agent.node.clone()).collect::<Vec<_>>()
         };
         let mut order = Vec::new();
+        // Until the watch has told of what is known to have happened.
         bed.until("the watch tells of ready agents on both nodes", || {
             let mut pods = BTreeMap::new();
             order.clear();
             for event in self.events() {
-                let pod = &event["object"];
-                let name = pod["metadata"]["name"].as_str().unwrap().to_owned();
-                let node = pod["spec"]["nodeName"].as_str().unwrap_or_default();
-                let conditions = pod["status"]["conditions"].as_array();
-                let serves = event["type"] != "DELETED"
-                    && pod["metadata"]["deletionTimestamp"].is_null()
-                    && conditions.is_some_and(|all| {
-                        all.iter()
-                            .any(|one| one["type"] == "Ready" && one["status"] == "True")
-                    });
-                let before = pods.insert(name.clone(), (node.to_owned(), serves));
-                if before.is_some_and(|(_, served)| served && !serves) {
+                let uid = event["object"]["metadata"]["uid"].as_str().unwrap();
+                let now = Agent::of(&event);
+                let goes = now.goes.then(|| now.node.clone());
+                let before = pods.insert(uid.to_owned(), now);
+                if let Some(node) = goes
+                    && before.is_none_or(|before| !before.goes)
+                {
                     let left = ready(&pods);
-                    assert_eq!(left.len(), 1, "{name} goes while ready are {left:?}");
+                    assert_eq!(left.len(), 1, "{node}'s goes while ready are {left:?}");
                     assert_ne!(left[0], node);
-                    order.push(node.to_owned());
+                    order.push(node);
                 }
             }
             order.len() == 2 && ready(&pods).len() == 2
         });
         order
+    }
+}
+
+/// An agent's pod, as an event of the watch has it.
+struct Agent {
+    node: String,
+    ready: bool,
+    /// It has been told to end, or has ended.
+    goes: bool,
+}
+
+impl Agent {
+    fn of(event: &Value) -> Self {
+        let pod = &event["object"];
+        let conditions = pod["status"]["conditions"].as_array();
+        let ready = |one: &Value| one["type"] == "Ready" && one["status"] == "True";
+        Self {
+            node: pod["spec"]["nodeName"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
+            ready: conditions.is_some_and(|all| all.iter().any(ready)),
+            goes: event["type"] == "DELETED" || !pod["metadata"]["deletionTimestamp"].is_null(),
+        }
     }
 }
 
@@ -144,7 +158,8 @@ fn the_agent_is_rolled_to_another_build_and_back_one_node_after_the_other() {
     let traffic = Traffic::start("rolled");
     let bed = &traffic.bed;
     let other = fs::read(bring_another_build(bed)).unwrap();
-    let own = plugin_of(bed, "node1");
+    let plugin_of = |node: &str| fs::read(traffic::plugin_of(bed, node)).unwrap();
+    let own = plugin_of("node1");
     assert!(own != other, "the builds are the same");
     let captures = Capture::start(bed.cluster, "rolled");
     let next = ["set", "image", "daemonset/culvert", "agent=culvert:next"];
@@ -164,7 +179,7 @@ fn the_agent_is_rolled_to_another_build_and_back_one_node_after_the_other() {
         for (name, node) in &names {
             bed.wait_for_membership(name, true);
             assert!(installed(bed, node), "an upgrade takes nothing away");
-            assert!(plugin_of(bed, node) == *plugin, "{round}: {node}'s plugin");
+            assert!(plugin_of(node) == *plugin, "{round}: {node}'s plugin");
         }
         traffic.goes_on();
     }
