@@ -8,7 +8,7 @@ use culvert_cluster::{IN_TIME, Part, Parts, Service, pod};
 use serde_json::{Value, json};
 
 use crate::alone;
-use crate::bed::{AMBIENT, Bed, shell};
+use crate::bed::{AMBIENT, Bed, at_the_start, often, shell};
 use crate::traffic::{configurations, installed};
 
 const NODES: [&str; 2] = ["node1", "node2"];
@@ -290,10 +290,11 @@ fn pods_with_ipv6_alone_are_served() {
     });
     let served = |name: &str, node: &str| {
         let mut pod = pod(name, node, &["serve"]);
-        let get = json!({"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1});
+        let get = json!({"httpGet": {"path": "/", "port": 8080}});
         let main = &mut pod["spec"]["containers"][0];
-        main["readinessProbe"] = get.clone();
-        main["livenessProbe"] = get;
+        main["startupProbe"] = at_the_start(get.clone());
+        main["readinessProbe"] = often(get.clone());
+        main["livenessProbe"] = often(get);
         pod
     };
     bed.start(&[

@@ -98,12 +98,7 @@ impl Bed {
 
     /// The number behind a word in the last line of a pod's log that has it.
     pub(crate) fn told(&self, pod: &str, word: &str) -> Option<u64> {
-        let log = self.log(pod);
-        log.lines().rev().find_map(|line| {
-            let mut words = line.split_whitespace();
-            words.find(|one| *one == word)?;
-            words.next()?.parse().ok()
-        })
+        number_behind(word, &self.log(pod))
     }
 
     /// Waits until a connection that is kept up has carried more than it has by now.
@@ -161,6 +156,15 @@ impl Bed {
     }
 }
 
+/// The number behind a word in the last line that has it.
+fn number_behind(word: &str, log: &str) -> Option<u64> {
+    log.lines().rev().find_map(|line| {
+        let mut words = line.split_whitespace();
+        words.find(|one| *one == word)?;
+        words.next()?.parse().ok()
+    })
+}
+
 /// What the agent has written about a pod.
 pub(crate) fn redirection(pod: &Value) -> Option<String> {
     let text = pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str();
@@ -176,6 +180,20 @@ pub(crate) fn shell(name: &str, node: &str) -> Value {
         "command": ["sleep", "1000000"],
     });
     shell
+}
+
+/// A probe every second, whose answer may take its time: a busy machine is no application that fails.
+pub(crate) fn often(mut probe: Value) -> Value {
+    probe["periodSeconds"] = 1.into();
+    probe["timeoutSeconds"] = 20.into();
+    probe
+}
+
+/// The same at the start of a container, which may take a minute.
+pub(crate) fn at_the_start(probe: Value) -> Value {
+    let mut probe = often(probe);
+    probe["failureThreshold"] = 60.into();
+    probe
 }
 
 /// A pod that keeps one connection up.
