@@ -101,6 +101,20 @@ impl Bed {
         number_behind(word, &self.log(pod))
     }
 
+    /// How often a container has tried until it was answered, which it has been: one that sends, or that keeps a
+    /// connection up.
+    pub(crate) fn tries(&self, pod: &str, container: &str) -> u64 {
+        let args = ["logs", pod, "-c", container, "--tail=-1"];
+        let mut tries = None;
+        // It may say so a moment after it has been answered.
+        self.until(&format!("{pod} says how often it has tried"), || {
+            let log = self.namespace.kubectl(&args).unwrap_or_default();
+            tries = number_behind("tries", &log);
+            tries.is_some()
+        });
+        tries.unwrap()
+    }
+
     /// Waits until a connection that is kept up has carried more than it has by now.
     pub(crate) fn wait_for_more_lines(&self, talker: &str) {
         let before = self.told(talker, "lines").unwrap_or(0);
@@ -194,6 +208,16 @@ pub(crate) fn at_the_start(probe: Value) -> Value {
     let mut probe = often(probe);
     probe["failureThreshold"] = 60.into();
     probe
+}
+
+/// What was counted of clients that try again when they are not answered: each at least once, none more often than it has
+/// tried.
+pub(crate) fn counted_once_each(counted: u64, tries: &[u64]) {
+    let (least, most) = (u64::try_from(tries.len()).unwrap(), tries.iter().sum());
+    assert!(
+        (least..=most).contains(&counted),
+        "{counted} counted of as many tries as {tries:?}"
+    );
 }
 
 /// A pod that keeps one connection up.
