@@ -15,8 +15,9 @@ use crate::kubectl::IN_TIME;
 use crate::mesh::AGENT;
 use crate::place;
 
-/// Generous: the machine may be busy with other things.
-const READY: Duration = Duration::from_secs(120);
+/// Generous: the machine may be busy with other things, and a Cilium that has just been started compiles its programs,
+/// for both nodes at once, before it gives a pod its network.
+const READY: Duration = Duration::from_secs(300);
 
 /// One line a pod, under one of headings.
 const READINESS: &str = "custom-columns=NAME:.metadata.name,PHASE:.status.phase,GOES:.metadata.deletionTimestamp,\
