@@ -30,6 +30,7 @@ mod cluster;
 mod control_plane;
 mod controllers;
 pub mod coredns;
+mod evidence;
 mod image;
 mod kubeconfig;
 mod kubectl;
