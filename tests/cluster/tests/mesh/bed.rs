@@ -29,6 +29,7 @@ impl Bed {
         let mesh = Mesh::install(cluster).unwrap();
         cluster.add_workload().unwrap();
         let turn = turns::shared();
+        mesh.put_right().unwrap();
         let namespace = cluster.namespace(name, labels).unwrap();
         Self {
             cluster,
