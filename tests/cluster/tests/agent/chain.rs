@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use crate::alone;
 use crate::bed::{AMBIENT, Bed, at_the_start, often, shell};
-use crate::traffic::{configurations, installed};
+use crate::guards::ServiceOff;
+use crate::installation::{configurations, installed};
 
 const NODES: [&str; 2] = ["node1", "node2"];
 const FILE: &str = "/etc/cni/net.d/10-bridge.conflist";
@@ -73,19 +74,9 @@ impl<'a> Configured<'a> {
 
 impl Drop for Configured<'_> {
     fn drop(&mut self) {
+        self.bed.keep_if_failing();
         for (name, list) in NODES.iter().zip(&self.before) {
             self.put(name, list);
-        }
-    }
-}
-
-/// Starts the kubelet of a node again, whatever has become of the test.
-struct KubeletAway<'a>(&'a Bed, culvert_cluster::Node);
-
-impl Drop for KubeletAway<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.cluster.start_service(&self.1, Service::Kubelet) {
-            eprintln!("{error:#}");
         }
     }
 }
@@ -185,8 +176,7 @@ fn every_verb_works_by_hand_against_the_installed_chain() {
         .display()
         .to_string();
     // A pod of this node that no kubelet starts.
-    bed.cluster.stop_service(&node, Service::Kubelet).unwrap();
-    let away = KubeletAway(&bed, node.clone());
+    let kubelet = ServiceOff::begin(&bed, &node, Service::Kubelet);
     bed.apply(&[pod("hand", "node1", &["serve"])]);
     let uid = bed.pod("hand")["metadata"]["uid"].clone();
     let args = format!(
@@ -265,7 +255,7 @@ fn every_verb_works_by_hand_against_the_installed_chain() {
         IN_TIME,
     ];
     bed.namespace.kubectl(&delete).unwrap();
-    drop(away);
+    drop(kubelet);
     // The node works on.
     bed.start(&[pod("after", "node1", &["serve"])]);
     bed.wait_for_membership("after", true);

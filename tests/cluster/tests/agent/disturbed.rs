@@ -11,7 +11,9 @@ use serde_json::json;
 use crate::alone;
 use crate::bed::{AMBIENT, Bed, counted_once_each, redirection};
 use crate::capture::{Capture, seen_on};
-use crate::traffic::{Traffic, installed, of_agent, running_agents};
+use crate::guards::{ApiServerOff, Tokens};
+use crate::installation::{installed, of_agent, running_agents};
+use crate::traffic::Traffic;
 
 #[test]
 fn the_agent_is_killed() {
@@ -45,10 +47,10 @@ fn the_api_server_is_away_for_a_minute() {
     later.start_servers();
     let before = traffic.bed.counted("load", "hbone_out");
     let agents = running_agents(&traffic.bed);
-    traffic.bed.cluster.stop_api_server().unwrap();
+    let off = ApiServerOff::begin(&traffic.bed);
     // Longer than a watch waits before it is taken for dead, and than nodes may be silent.
     std::thread::sleep(Duration::from_secs(60));
-    traffic.bed.cluster.start_api_server().unwrap();
+    drop(off);
     // Ztunnel's counters began anew if it had been told to let go.
     assert!(traffic.bed.counted("load", "hbone_out") > before + 200);
     traffic.goes_on();
@@ -71,11 +73,11 @@ fn the_agents_token_is_worth_nothing_and_is_renewed() {
     let agents = running_agents(bed);
     // A token ends with the account that it was made for, and one of the same name is another. No token lives less than ten
     // minutes, so this is how one ends within a test.
+    let _tokens = Tokens(bed);
     of_agent(bed, &["delete", "serviceaccount", "culvert", IN_TIME]);
     of_agent(bed, &["create", "serviceaccount", "culvert"]);
     // Watches outlive the token that they began with, but not the server.
-    bed.cluster.stop_api_server().unwrap();
-    bed.cluster.start_api_server().unwrap();
+    drop(ApiServerOff::begin(bed));
     bed.until("both agents say that they are refused", || {
         let names = agents.keys().filter(|name| {
             let log = ["logs", "-n", AGENT.1, name, "--since=5m"];

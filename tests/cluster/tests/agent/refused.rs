@@ -1,13 +1,13 @@
 //! Agents that cannot work on a node: what is wrong, and what to do, stands where people look for it, and the node's
 //! network is as it was.
 
-use culvert_cluster::{AGENT, IN_TIME, Mesh, Node, pod};
+use culvert_cluster::{AGENT, IN_TIME, Node, pod};
 use serde_json::{Value, json};
 
-use crate::alone;
 use crate::bed::Bed;
-use crate::traffic::{installed, of_agent};
+use crate::installation::{installed, of_agent};
 use crate::variant::{Variants, agent_pod, daemonset, second_agent};
+use crate::{alone, guards};
 
 const NODES: [&str; 2] = ["node1", "node2"];
 
@@ -16,17 +16,6 @@ const NO_BPF: &str = r#"{
     "defaultAction": "SCMP_ACT_ALLOW",
     "syscalls": [{"names": ["bpf"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
 }"#;
-
-/// Puts Culvert back, whatever has become of the test.
-struct Back<'a>(&'a Bed);
-
-impl Drop for Back<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = Mesh::install_again(self.0.cluster) {
-            eprintln!("{error:#}");
-        }
-    }
-}
 
 /// All that a network of pods is made from: configurations, plugins that they name, rules. Ours may lie among the plugins,
 /// where nothing runs it.
@@ -97,7 +86,7 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
     let role = ["clusterrole", "culvert"];
     let mut role = bed.cluster.admin().get(&role).unwrap();
     let nodes = bed.cluster.nodes();
-    let _back = Back(&bed);
+    let _back = guards::Culvert(&bed);
     of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     for node in NODES {
         bed.until(&format!("{node} is as before"), || !installed(&bed, node));

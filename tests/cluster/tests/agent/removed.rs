@@ -2,9 +2,11 @@
 
 use culvert_cluster::{AGENT, IN_TIME, Mesh, pod};
 
-use crate::alone;
 use crate::bed::{AMBIENT, Bed, shell, talker};
-use crate::traffic::{Traffic, installed, of_agent};
+use crate::guards::{OFF, OnEveryNode};
+use crate::installation::{installed, of_agent};
+use crate::traffic::Traffic;
+use crate::{alone, guards};
 
 /// Pods of the mesh's namespace start outside the mesh where Culvert has been taken away.
 fn starts_outside(bed: &Bed, name: &str, node: &str) {
@@ -17,29 +19,20 @@ fn a_node_is_selected_no_longer() {
     let _alone = alone();
     let traffic = Traffic::start("deselected");
     let bed = &traffic.bed;
-    let node = |label: &str| {
-        let args = ["label", "node", "node2", "--overwrite", label];
-        bed.cluster.kubectl(&args).unwrap();
-    };
-    let select = |values: &str| {
-        let selector = format!(
-            r#"{{"spec":{{"template":{{"spec":{{"affinity":{{"nodeAffinity":{{"requiredDuringSchedulingIgnoredDuringExecution":
-            {{"nodeSelectorTerms":[{{"matchExpressions":[{values}]}}]}}}}}}}}}}}}}}"#
-        );
-        of_agent(bed, &["patch", "daemonset", AGENT.0, "-p", &selector]);
-    };
-    node("culvert.test/off=yes");
-    select(r#"{"key":"culvert.test/off","operator":"DoesNotExist"}"#);
+    let agents = OnEveryNode(bed);
+    agents.label("node2", &format!("{OFF}=yes"));
+    agents.pass_over_labelled();
     bed.until("its plugin is gone", || !installed(bed, "node2"));
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
     assert!(installed(bed, "node1"));
     starts_outside(bed, "outside", "node2");
     // The pods that run there stay in.
     traffic.goes_on();
-    node("culvert.test/off-");
+    agents.label("node2", &format!("{OFF}-"));
+    // Not by the DaemonSet's status: its controller may not have looked at the node again.
+    bed.until("it has its plugin again", || installed(bed, "node2"));
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
     bed.wait_for_membership("outside", true);
-    assert!(installed(bed, "node2"));
     traffic.new_pods_start("after");
     traffic.goes_on();
 }
@@ -49,6 +42,7 @@ fn its_daemonset_is_deleted_with_and_without_its_account() {
     let _alone = alone();
     let traffic = Traffic::start("deleted");
     let bed = &traffic.bed;
+    let _back = guards::Culvert(bed);
     for round in ["alone", "with-account"] {
         if round == "alone" {
             of_agent(bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
@@ -89,6 +83,7 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
     bed.start(&[shell("leaver", "node1")]);
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
+    let _back = guards::Culvert(&bed);
     of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     let nodes = bed.cluster.nodes();
     for node in &nodes {

@@ -10,10 +10,11 @@ use std::process::{Child, Stdio};
 use culvert_cluster::{AGENT, Image, Mesh};
 use serde_json::Value;
 
-use crate::alone;
 use crate::bed::Bed;
 use crate::capture::{Capture, seen_on};
-use crate::traffic::{self, Traffic, installed, of_agent};
+use crate::installation::{self, installed, of_agent};
+use crate::traffic::Traffic;
+use crate::{alone, guards};
 
 /// How an eBPF object begins: ELF, 64 bits, little-endian, version 1, eight unused bytes, relocatable, for BPF.
 const OBJECT: [u8; 20] = *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x01\0\xf7\0";
@@ -158,10 +159,11 @@ fn the_agent_is_rolled_to_another_build_and_back_one_node_after_the_other() {
     let traffic = Traffic::start("rolled");
     let bed = &traffic.bed;
     let other = fs::read(bring_another_build(bed)).unwrap();
-    let plugin_of = |node: &str| fs::read(traffic::plugin_of(bed, node)).unwrap();
+    let plugin_of = |node: &str| fs::read(installation::plugin_of(bed, node)).unwrap();
     let own = plugin_of("node1");
     assert!(own != other, "the builds are the same");
     let captures = Capture::start(bed.cluster, "rolled");
+    let _back = guards::Culvert(bed);
     let next = ["set", "image", "daemonset/culvert", "agent=culvert:next"];
     let back = ["rollout", "undo", "daemonset/culvert"];
     for (round, change, plugin) in [("next", &next[..], &other), ("back", &back[..], &own)] {

@@ -11,6 +11,8 @@ mod beside;
 mod bed;
 #[path = "../mesh/capture.rs"]
 mod capture;
+#[path = "../mesh/elsewhere.rs"]
+mod elsewhere;
 #[path = "../mesh/enrolment.rs"]
 mod enrolment;
 #[path = "../mesh/probes.rs"]

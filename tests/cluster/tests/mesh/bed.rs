@@ -39,6 +39,13 @@ impl Bed {
         }
     }
 
+    /// Writes down what is to be known about a failure, for what is about to put something back in one.
+    pub(crate) fn keep_if_failing(&self) {
+        if std::thread::panicking() {
+            self.namespace.keep();
+        }
+    }
+
     pub(crate) fn name(&self) -> &str {
         self.namespace.name()
     }

@@ -1,0 +1,58 @@
+//! What there is of Culvert: on the nodes its plugin and its entry in their CNI configurations, at the API server its agents.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use culvert_cluster::AGENT;
+use serde_json::Value;
+
+use crate::bed::Bed;
+
+/// What the runtime of a node finds in its CNI configurations, all of them.
+pub(crate) fn configurations(bed: &Bed, node: &str) -> String {
+    let node = bed.cluster.node(node).unwrap();
+    let cat = ["sh", "-c", "cat /etc/cni/net.d/*"];
+    bed.cluster.run_on(&node, &cat).unwrap()
+}
+
+/// Whether plugin and configuration of a node are in place.
+pub(crate) fn installed(bed: &Bed, node: &str) -> bool {
+    // In the order in which they are taken away: the plugin is there for as long as there is an entry.
+    let entry = configurations(bed, node).contains("culvert-cni");
+    let plugin = plugin_of(bed, node).exists();
+    assert!(
+        plugin || !entry || !configurations(bed, node).contains("culvert-cni"),
+        "{node}: an entry without a plugin"
+    );
+    plugin && entry
+}
+
+/// Where the plugin of a node is, if it is.
+pub(crate) fn plugin_of(bed: &Bed, node: &str) -> PathBuf {
+    let node = bed.cluster.node(node).unwrap();
+    node.dir().join("opt/cni/bin/culvert-cni")
+}
+
+/// Runs kubectl in the agent's namespace.
+pub(crate) fn of_agent(bed: &Bed, args: &[&str]) -> String {
+    let namespaced = [&["-n", AGENT.1][..], args].concat();
+    bed.cluster.kubectl(&namespaced).unwrap()
+}
+
+/// The agents' pods, with what runs in each: the same again if none was started anew.
+pub(crate) fn running_agents(bed: &Bed) -> BTreeMap<String, String> {
+    let pods = agents(bed).into_iter().map(|pod| {
+        let name = pod["metadata"]["name"].as_str().unwrap().to_owned();
+        let container = &pod["status"]["containerStatuses"][0]["containerID"];
+        (name, container.to_string())
+    });
+    pods.collect()
+}
+
+fn agents(bed: &Bed) -> Vec<Value> {
+    let pods = bed.cluster.admin().get(&["pods", "-n", AGENT.1]).unwrap();
+    let pods = pods["items"].as_array().unwrap().iter();
+    pods.filter(|pod| pod["metadata"]["ownerReferences"][0]["name"] == AGENT.0)
+        .cloned()
+        .collect()
+}
