@@ -11,8 +11,8 @@ use serde_json::json;
 use crate::alone;
 use crate::bed::{AMBIENT, Bed, counted_once_each, redirection};
 use crate::capture::{Capture, seen_on};
-use crate::guards::{ApiServerOff, Tokens};
-use crate::installation::{installed, of_agent, running_agents};
+use crate::guards::{ApiServerOff, OFF, OnEveryNode, PowerOff, Tokens};
+use crate::installation::{installed, of_agent, running_agents, staying_agents};
 use crate::traffic::Traffic;
 
 #[test]
@@ -171,6 +171,19 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
     traffic.goes_on();
 }
 
+/// How often a pod could not start because the plugin has found no agent, as the kubelet tells it.
+fn refusals(bed: &Bed, pod: &str) -> usize {
+    let field = format!("--field-selector=involvedObject.name={pod},reason=FailedCreatePodSandBox");
+    let events = ["events", "-n", bed.name(), &field];
+    let events = bed.cluster.admin().get(&events).unwrap();
+    let events = events["items"].as_array().unwrap().iter();
+    let note = |event: &&serde_json::Value| {
+        let note = event["message"].as_str().unwrap_or_default();
+        note.contains("has to wait for culvert's agent")
+    };
+    events.filter(note).count()
+}
+
 #[test]
 fn a_node_is_rebooted_and_its_kubelet_is_first() {
     let _alone = alone();
@@ -187,6 +200,7 @@ fn a_node_is_rebooted_and_its_kubelet_is_first() {
     bed.start(&[pod]);
     bed.wait_for_membership("b", true);
     let sandbox = |bed: &Bed| bed.pod("b")["status"]["containerStatuses"][0]["containerID"].clone();
+    assert_eq!(refusals(&bed, "b"), 0);
     let (before, carried) = (sandbox(&bed), bed.counted("a", "hbone_in"));
     counted_once_each(carried, &[bed.tries("b", "send")]);
 
@@ -194,9 +208,21 @@ fn a_node_is_rebooted_and_its_kubelet_is_first() {
     // On the other node: this one's wires are new after it.
     let mut captures = Capture::start(bed.cluster, "reboot");
     captures.truncate(1);
-    bed.cluster.power_off(&node).unwrap();
-    let services = [Service::Kubelet, Service::KubeProxy];
-    bed.cluster.power_on(&node, &services).unwrap();
+    let agents = OnEveryNode(&bed);
+    let off = PowerOff::begin(&bed, &node);
+    // Its agent is held back until somebody has asked for it.
+    agents.label("node2", &format!("{OFF}=yes"));
+    agents.pass_over_labelled();
+    bed.until("no agent is to be on it", || {
+        staying_agents(&bed) == ["node1"]
+    });
+    drop(off);
+    bed.until("the plugin has kept the pod from starting", || {
+        refusals(&bed, "b") > 0
+    });
+    let agent = bed.cluster.run_on(&node, &["pgrep", "-x", "culvert"]);
+    assert!(agent.is_err(), "an agent runs: {agent:?}");
+    agents.label("node2", &format!("{OFF}-"));
     bed.until("the pod is back", || {
         let pod = bed.pod("b");
         sandbox(&bed) != before && pod["status"]["containerStatuses"][0]["ready"] == true

@@ -115,3 +115,23 @@ impl Drop for ServiceOff<'_> {
         });
     }
 }
+
+/// A node is off.
+pub(crate) struct PowerOff<'a>(&'a Bed, Node);
+
+impl<'a> PowerOff<'a> {
+    pub(crate) fn begin(bed: &'a Bed, node: &Node) -> Self {
+        let off = Self(bed, node.clone());
+        bed.cluster.power_off(node).unwrap();
+        off
+    }
+}
+
+impl Drop for PowerOff<'_> {
+    fn drop(&mut self) {
+        let services = [Service::Kubelet, Service::KubeProxy];
+        back(self.0, "a node", || {
+            self.0.cluster.power_on(&self.1, &services)
+        });
+    }
+}

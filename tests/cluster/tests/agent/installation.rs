@@ -49,6 +49,20 @@ pub(crate) fn running_agents(bed: &Bed) -> BTreeMap<String, String> {
     pods.collect()
 }
 
+/// The nodes with an agent's pod that has not been told to end.
+pub(crate) fn staying_agents(bed: &Bed) -> Vec<String> {
+    let pods = agents(bed).into_iter();
+    let staying = pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+    staying
+        .map(|pod| {
+            pod["spec"]["nodeName"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        })
+        .collect()
+}
+
 fn agents(bed: &Bed) -> Vec<Value> {
     let pods = bed.cluster.admin().get(&["pods", "-n", AGENT.1]).unwrap();
     let pods = pods["items"].as_array().unwrap().iter();
