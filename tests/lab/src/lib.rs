@@ -49,6 +49,7 @@ mod zds_socket;
 mod ztunnel;
 
 pub use agent::{Agent, AgentOptions};
+pub use another::another_build;
 pub use capture::Capture;
 pub use client::{Connect, Connecting, connect, roundtrip};
 pub use creds::Creds;

@@ -1,13 +1,14 @@
 //! The agent rolled to another build and back while pods start and talk: other programs in the kernel, another agent, another
 //! plugin, and never a moment in which both nodes are without an agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use culvert_cluster::{AGENT, Image, Mesh};
+use culvert_e2e::bpf;
+use culvert_lab::another_build;
 use serde_json::Value;
 
 use crate::bed::Bed;
@@ -16,36 +17,60 @@ use crate::installation::{self, installed, of_agent};
 use crate::traffic::Traffic;
 use crate::{alone, guards};
 
-/// How an eBPF object begins: ELF, 64 bits, little-endian, version 1, eight unused bytes, relocatable, for BPF.
-const OBJECT: [u8; 20] = *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x01\0\xf7\0";
-/// One of the unused bytes.
-const UNUSED: usize = 15;
+const NODES: [&str; 2] = ["node1", "node2"];
 const NEXT: &str = "docker.io/library/culvert:next";
+/// Programs of a node that are not a pod's own.
+const PROGRAMS: usize = 4;
 
 /// Another build as an image: agent and plugin without optimisation and linked to shared libraries, and programs that are
-/// loaded anew because their object differs. Returns the plugin of it.
+/// other instructions. Returns the plugin of it.
 fn bring_another_build(bed: &Bed) -> PathBuf {
     let agent = Mesh::culvert().unwrap();
     let plugin = Mesh::plugin().unwrap();
-    let mut bytes = fs::read(agent).unwrap();
-    let starts: Vec<_> = bytes
-        .windows(OBJECT.len())
-        .enumerate()
-        .filter_map(|(at, window)| (window == OBJECT).then_some(at))
-        .collect();
-    assert_eq!(starts.len(), 1, "objects in the agent");
-    bytes[starts[0] + UNUSED] ^= 1;
-    let patched = bed.cluster.scratch().join("culvert-next");
-    fs::write(&patched, bytes).unwrap();
-    fs::set_permissions(&patched, fs::Permissions::from_mode(0o755)).unwrap();
+    let rewritten = bed.cluster.scratch().join("culvert-next");
+    another_build(&agent, &rewritten).unwrap();
     let image = Image::new(NEXT)
-        .program("bin/culvert", &patched)
+        .program("bin/culvert", &rewritten)
         .unwrap()
         .program("bin/culvert-cni", &plugin)
         .unwrap()
         .entrypoint(&["/bin/culvert"]);
     bed.cluster.add_image(&image).unwrap();
     plugin
+}
+
+/// What the kernel has of Culvert for a node.
+struct Loaded {
+    maps: BTreeSet<u32>,
+    programs: BTreeSet<u32>,
+    /// The kernel's hashes over the programs' instructions.
+    code: BTreeSet<[u8; 8]>,
+}
+
+impl Loaded {
+    fn on(bed: &Bed, node: &str) -> Self {
+        let node = bed.cluster.node(node).unwrap();
+        let pins = bed.cluster.root_of(&node).unwrap();
+        let maps = bpf::maps_in(&pins.join("sys/fs/bpf/culvert/maps")).unwrap();
+        let maps = maps.into_iter().map(|(_, map)| map.id).collect();
+        let programs = bpf::programs_using(&maps).unwrap();
+        Self {
+            code: bpf::program_tags(&programs).unwrap(),
+            maps,
+            programs,
+        }
+    }
+
+    /// The programs after it are others, instruction by instruction; what they have noted is what these have noted.
+    fn is_followed_by(&self, after: &Self) {
+        assert_eq!(after.maps, self.maps, "maps were made anew");
+        let new = bpf::program_tags(&(&after.programs - &self.programs)).unwrap();
+        assert!(
+            new.len() >= PROGRAMS && new.is_disjoint(&self.code),
+            "the same code: {new:02x?} of {:02x?}",
+            self.code
+        );
+    }
 }
 
 /// Everything that happens to the agents' pods, as the API server tells it.
@@ -168,8 +193,9 @@ fn the_agent_is_rolled_to_another_build_and_back_one_node_after_the_other() {
     let back = ["rollout", "undo", "daemonset/culvert"];
     for (round, change, plugin) in [("next", &next[..], &other), ("back", &back[..], &own)] {
         let watch = Watch::start(bed, round);
+        let loaded = NODES.map(|node| Loaded::on(bed, node));
         of_agent(bed, change);
-        let names = ["node1", "node2"].map(|node| (format!("{round}-{node}"), node));
+        let names = NODES.map(|node| (format!("{round}-{node}"), node));
         let pods = names
             .each_ref()
             .map(|(name, node)| traffic.sender(name, node, "rolled-secret"));
@@ -177,11 +203,14 @@ fn the_agent_is_rolled_to_another_build_and_back_one_node_after_the_other() {
         bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
         let mut order = watch.one_node_after_the_other(bed);
         order.sort();
-        assert_eq!(order, ["node1", "node2"]);
+        assert_eq!(order, NODES);
         for (name, node) in &names {
             bed.wait_for_membership(name, true);
             assert!(installed(bed, node), "an upgrade takes nothing away");
             assert!(plugin_of(node) == *plugin, "{round}: {node}'s plugin");
+        }
+        for (node, before) in NODES.iter().zip(loaded) {
+            before.is_followed_by(&Loaded::on(bed, node));
         }
         traffic.goes_on();
     }
