@@ -54,13 +54,38 @@ fn readyz(bed: &Bed, node: &str) -> String {
     bed.cluster.run_on(&node, &ask).unwrap_or_default()
 }
 
-/// Waits until an agent that goes on running says all that where its readiness is asked for, and its pod is seen not to be
-/// ready, with an event.
-fn not_ready(bed: &Bed, variants: &Variants<'_>, name: &str, node: &str, texts: &[&str]) {
+/// An agent that goes on running although it cannot work.
+struct Stuck<'a> {
+    name: &'a str,
+    node: &'a str,
+    /// The task that is not done, as its readiness has it.
+    task: &'a str,
+    /// What is wrong and what to do.
+    texts: &'a [&'a str],
+}
+
+/// Waits until an agent says what is wrong where its readiness is asked for, in its log, and, where it may write them, by
+/// an event about its pod; the pod is seen not to be ready.
+fn not_ready(bed: &Bed, variants: &Variants<'_>, stuck: &Stuck<'_>, may_write_events: bool) {
+    let Stuck { name, .. } = *stuck;
+    let all_in = |said: &str| stuck.texts.iter().all(|text| said.contains(text));
     bed.until(&format!("{name} says why it is not ready"), || {
-        let said = readyz(bed, node);
-        texts.iter().all(|text| said.contains(text))
+        let said = readyz(bed, stuck.node);
+        let waits = format!("WAIT  {}", stuck.task);
+        said.lines()
+            .any(|line| line.starts_with(&waits) && all_in(line))
     });
+    bed.until(&format!("{name} says so in its log"), || {
+        variants.log(name).lines().any(all_in)
+    });
+    if may_write_events {
+        bed.until(&format!("an event of {name}'s says so"), || {
+            let told = |(reason, note): &(String, String)| {
+                reason == "CulvertCniConfiguration" && all_in(note)
+            };
+            variants.events(name).iter().any(told)
+        });
+    }
     bed.until(&format!("{name}: an event tells of it"), || {
         let told = |(reason, note): &(String, String)| {
             reason == "Unhealthy" && note.contains("Readiness probe failed")
@@ -164,20 +189,24 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
         };
         variants.events("no-directory").iter().any(told)
     });
-    not_ready(
-        &bed,
-        &variants,
-        "no-plugin",
-        "node1",
-        &["WAIT  cni-installed", "/bin/not-in-the-image"],
-    );
-    not_ready(
-        &bed,
-        &variants,
-        "no-network",
-        "node2",
-        &["WAIT  cni-installed", "hostPaths.cniConf"],
-    );
+    let no_plugin = Stuck {
+        name: "no-plugin",
+        node: "node1",
+        task: "cni-installed",
+        texts: &[
+            "/bin/not-in-the-image",
+            "name its place with --plugin-binary",
+        ],
+    };
+    let no_network = Stuck {
+        name: "no-network",
+        node: "node2",
+        task: "cni-installed",
+        texts: &["there is no CNI configuration yet", "hostPaths.cniConf"],
+    };
+    for stuck in [no_plugin, no_network] {
+        not_ready(&bed, &variants, &stuck, true);
+    }
     assert_eq!(look(), before);
 
     variants.delete(true);
@@ -186,14 +215,20 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
         .unwrap();
     let pods = [agent_pod(&daemonset, "no-role", "node1")];
     let variants = Variants::start(&bed, &pods);
-    let texts = [
-        "WAIT  watch",
-        "namespaces is forbidden",
-        "the chart's ClusterRole lists what is needed",
-        "WAIT  cni-installed",
-        "list, watch namespaces",
-    ];
-    not_ready(&bed, &variants, "no-role", "node1", &texts);
+    let no_role = Stuck {
+        name: "no-role",
+        node: "node1",
+        task: "watch",
+        texts: &[
+            "namespaces is forbidden",
+            "the chart's ClusterRole lists what is needed",
+        ],
+    };
+    not_ready(&bed, &variants, &no_role, false);
+    bed.until("it says what it may not do", || {
+        let said = readyz(&bed, "node1");
+        said.contains("WAIT  cni-installed") && said.contains("list, watch namespaces")
+    });
     assert_eq!(look(), before);
     // Pods of the mesh start all the same, outside it, on both nodes.
     bed.start(&NODES.map(|node| pod(&format!("on-{node}"), node, &["serve"])));
