@@ -1,19 +1,15 @@
 //! The chain of CNI plugins with ours at its end, under each version of the configuration that runtimes speak, by the
 //! container runtime and by hand; and pods that have IPv6 alone.
 
-use std::io::Write as _;
-use std::process::Stdio;
-
 use culvert_cluster::{IN_TIME, Part, Parts, Service, pod};
 use serde_json::{Value, json};
 
 use crate::alone;
 use crate::bed::{AMBIENT, Bed, at_the_start, often, shell};
 use crate::guards::ServiceOff;
-use crate::installation::{configurations, installed};
+use crate::installation::{configurations, foreign, installed, write_foreign};
 
 const NODES: [&str; 2] = ["node1", "node2"];
-const FILE: &str = "/etc/cni/net.d/10-bridge.conflist";
 /// The network's name, under which plugins keep what they know.
 const NETWORK: &str = "bridge";
 
@@ -25,17 +21,9 @@ struct Configured<'a> {
 
 impl<'a> Configured<'a> {
     fn new(bed: &'a Bed) -> Self {
-        let foreign = |name: &str| {
-            let node = bed.cluster.node(name).unwrap();
-            let text = bed.cluster.run_on(&node, &["cat", FILE]).unwrap();
-            let mut list: Value = serde_json::from_str(&text).unwrap();
-            let plugins = list["plugins"].as_array_mut().unwrap();
-            plugins.retain(|plugin| plugin["type"] != "culvert-cni");
-            list
-        };
         Self {
             bed,
-            before: NODES.iter().map(|name| foreign(name)).collect(),
+            before: NODES.iter().map(|name| foreign(bed, name)).collect(),
         }
     }
 
@@ -44,7 +32,7 @@ impl<'a> Configured<'a> {
         for (name, list) in NODES.iter().zip(&self.before) {
             let mut list = list.clone();
             change(&mut list);
-            self.put(name, &list);
+            write_foreign(self.bed, name, &list.to_string());
             let version = list["cniVersion"].as_str().unwrap();
             self.bed
                 .until(&format!("{name} has it, with our plugin"), || {
@@ -54,29 +42,13 @@ impl<'a> Configured<'a> {
                 });
         }
     }
-
-    /// From within the node: its /etc is an overlay, which may not be changed from beneath.
-    fn put(&self, name: &str, list: &Value) {
-        let node = self.bed.cluster.node(name).unwrap();
-        let script = format!("cat > {FILE}.new && mv {FILE}.new {FILE}");
-        let mut command = self
-            .bed
-            .cluster
-            .command_on(&node, &["sh", "-ec", &script])
-            .unwrap();
-        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-        let mut input = child.stdin.take().unwrap();
-        input.write_all(list.to_string().as_bytes()).unwrap();
-        drop(input);
-        assert!(child.wait().unwrap().success());
-    }
 }
 
 impl Drop for Configured<'_> {
     fn drop(&mut self) {
         self.bed.keep_if_failing();
         for (name, list) in NODES.iter().zip(&self.before) {
-            self.put(name, list);
+            write_foreign(self.bed, name, &list.to_string());
         }
     }
 }

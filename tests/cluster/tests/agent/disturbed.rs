@@ -12,7 +12,9 @@ use crate::alone;
 use crate::bed::{AMBIENT, Bed, counted_once_each, redirection};
 use crate::capture::{Capture, seen_on};
 use crate::guards::{ApiServerOff, OFF, OnEveryNode, PowerOff, Tokens};
-use crate::installation::{installed, of_agent, running_agents, staying_agents};
+use crate::installation::{
+    foreign, installed, of_agent, running_agents, staying_agents, write_foreign,
+};
 use crate::traffic::Traffic;
 
 #[test]
@@ -123,28 +125,13 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
     let _alone = alone();
     let traffic = Traffic::start("rewritten");
     let bed = &traffic.bed;
-    let node = bed.cluster.node("node1").unwrap();
-    let file = node.dir().join("etc/cni/net.d/10-bridge.conflist");
-    let mut foreign: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-    let plugins = foreign["plugins"].as_array_mut().unwrap();
-    plugins.retain(|plugin| plugin["type"] != "culvert-cni");
+    let foreign = foreign(bed, "node1").to_string();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let at_the_end = Stop::at_the_end(&stop);
         let rewriting = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                // From within the node: its /etc is an overlay, which may not be changed from beneath.
-                let script = "cat > /etc/cni/net.d/.foreign && mv /etc/cni/net.d/.foreign /etc/cni/net.d/10-bridge.conflist";
-                let mut command = bed.cluster.command_on(&node, &["sh", "-c", script]).unwrap();
-                let mut child = command
-                    .stdin(std::process::Stdio::piped())
-                    .spawn()
-                    .unwrap();
-                let mut input = child.stdin.take().unwrap();
-                std::io::Write::write_all(&mut input, foreign.to_string().as_bytes()).unwrap();
-                drop(input);
-                child.wait().unwrap();
+                write_foreign(bed, "node1", &foreign);
                 std::thread::sleep(Duration::from_millis(100));
             }
         });

@@ -1,12 +1,48 @@
 //! What there is of Culvert: on the nodes its plugin and its entry in their CNI configurations, at the API server its agents.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use culvert_cluster::AGENT;
 use serde_json::Value;
 
 use crate::bed::Bed;
+
+/// The configuration of the cluster's own network, on every node.
+pub(crate) const FILE: &str = "/etc/cni/net.d/10-bridge.conflist";
+
+/// What the cluster's own network would have in its configuration on a node: all but our plugin.
+pub(crate) fn foreign(bed: &Bed, node: &str) -> Value {
+    let node = bed.cluster.node(node).unwrap();
+    let text = bed.cluster.run_on(&node, &["cat", FILE]).unwrap();
+    let mut list: Value = serde_json::from_str(&text).unwrap();
+    let plugins = list["plugins"].as_array_mut().unwrap();
+    plugins.retain(|plugin| plugin["type"] != "culvert-cni");
+    list
+}
+
+/// Writes the configuration of a node as the cluster's own network would.
+pub(crate) fn write_foreign(bed: &Bed, node: &str, text: &str) {
+    let node = bed.cluster.node(node).unwrap();
+    // From within the node: its /etc is an overlay, which may not be changed from beneath.
+    let script = format!("cat > {FILE}.new && mv {FILE}.new {FILE}");
+    let command = ["sh", "-ec", &script];
+    let mut command = bed.cluster.command_on(&node, &command).unwrap();
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(text.as_bytes()).unwrap();
+    drop(input);
+    assert!(child.wait().unwrap().success());
+}
+
+/// All that there is of CNI configurations on a node: names, modes, bytes.
+pub(crate) fn everything_configured(bed: &Bed, node: &str) -> String {
+    let node = bed.cluster.node(node).unwrap();
+    let look = "cd /etc/cni/net.d && ls -A && stat -c %a -- $(ls -A) && cat -- $(ls -A)";
+    bed.cluster.run_on(&node, &["sh", "-ec", look]).unwrap()
+}
 
 /// What the runtime of a node finds in its CNI configurations, all of them.
 pub(crate) fn configurations(bed: &Bed, node: &str) -> String {
@@ -25,6 +61,14 @@ pub(crate) fn installed(bed: &Bed, node: &str) -> bool {
         "{node}: an entry without a plugin"
     );
     plugin && entry
+}
+
+/// Waits until nothing of ours is left on a node, neither plugin nor entry; then all is to be, byte for byte, as it was.
+pub(crate) fn is_taken_away(bed: &Bed, node: &str, before: &str) {
+    bed.until(&format!("plugin and entry of {node} are gone"), || {
+        !configurations(bed, node).contains("culvert-cni") && !plugin_of(bed, node).exists()
+    });
+    assert_eq!(everything_configured(bed, node), before, "{node}");
 }
 
 /// Where the plugin of a node is, if it is.

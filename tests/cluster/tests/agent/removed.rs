@@ -4,9 +4,13 @@ use culvert_cluster::{AGENT, IN_TIME, Mesh, pod};
 
 use crate::bed::{AMBIENT, Bed, shell, talker};
 use crate::guards::{OFF, OnEveryNode};
-use crate::installation::{installed, of_agent};
+use crate::installation::{
+    configurations, foreign, installed, is_taken_away, of_agent, write_foreign,
+};
 use crate::traffic::Traffic;
 use crate::{alone, guards};
+
+const NODES: [&str; 2] = ["node1", "node2"];
 
 /// Pods of the mesh's namespace start outside the mesh where Culvert has been taken away.
 fn starts_outside(bed: &Bed, name: &str, node: &str) {
@@ -14,15 +18,34 @@ fn starts_outside(bed: &Bed, name: &str, node: &str) {
     assert!(bed.mesh.pod_stats(bed.name(), name).is_err(), "{name}");
 }
 
+/// Writes the configuration of a node in a way that no program of ours would, and waits until our entry is in it. Returns
+/// what there was without it.
+fn written_by_hand(bed: &Bed, node: &str) -> String {
+    let list = foreign(bed, node);
+    let (name, version) = (&list["name"], &list["cniVersion"]);
+    let plugins = serde_json::to_string_pretty(&list["plugins"]).unwrap();
+    let plugins = plugins.replace('\n', "\n\t ");
+    let text = format!(
+        "\n{{ \"plugins\" : {plugins} ,\n\n  \"name\": {name},\t\"culvert.test/unknown\": 1.0e1 , \"cniVersion\":{version}}} \n\n"
+    );
+    write_foreign(bed, node, &text);
+    bed.until(&format!("{node} has our entry again"), || {
+        installed(bed, node) && configurations(bed, node).contains("culvert.test/unknown")
+    });
+    // As the directory is without us: that file alone.
+    format!("10-bridge.conflist\n644\n{text}")
+}
+
 #[test]
 fn a_node_is_selected_no_longer() {
     let _alone = alone();
     let traffic = Traffic::start("deselected");
     let bed = &traffic.bed;
+    let before = written_by_hand(bed, "node2");
     let agents = OnEveryNode(bed);
     agents.label("node2", &format!("{OFF}=yes"));
     agents.pass_over_labelled();
-    bed.until("its plugin is gone", || !installed(bed, "node2"));
+    is_taken_away(bed, "node2", &before);
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
     assert!(installed(bed, "node1"));
     starts_outside(bed, "outside", "node2");
@@ -42,6 +65,7 @@ fn its_daemonset_is_deleted_with_and_without_its_account() {
     let _alone = alone();
     let traffic = Traffic::start("deleted");
     let bed = &traffic.bed;
+    let before = NODES.map(|node| written_by_hand(bed, node));
     let _back = guards::Culvert(bed);
     for round in ["alone", "with-account"] {
         if round == "alone" {
@@ -53,15 +77,13 @@ fn its_daemonset_is_deleted_with_and_without_its_account() {
                 .kubectl(&["delete", "namespace", AGENT.1, IN_TIME])
                 .unwrap();
         }
-        for node in ["node1", "node2"] {
-            bed.until(&format!("the plugin of {node} is gone"), || {
-                !installed(bed, node)
-            });
+        for (node, before) in NODES.iter().zip(&before) {
+            is_taken_away(bed, node, before);
             starts_outside(bed, &format!("{round}-{node}"), node);
         }
         traffic.goes_on();
         Mesh::install_again(bed.cluster).unwrap();
-        for node in ["node1", "node2"] {
+        for node in NODES {
             assert!(installed(bed, node));
             bed.wait_for_membership(&format!("{round}-{node}"), true);
         }
@@ -83,11 +105,12 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
     bed.start(&[shell("leaver", "node1")]);
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
+    let configured = NODES.map(|node| written_by_hand(&bed, node));
     let _back = guards::Culvert(&bed);
     of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     let nodes = bed.cluster.nodes();
-    for node in &nodes {
-        bed.until("its plugin is gone", || !installed(&bed, &node.name()));
+    for (node, before) in NODES.iter().zip(&configured) {
+        is_taken_away(&bed, node, before);
     }
     // Nobody tells ztunnel that this one has ended: it goes on holding sockets in its namespace.
     bed.cluster
