@@ -109,8 +109,9 @@ async fn what_another_cni_does_is_undone_within_a_second() {
     fs::remove_file(scratch.conf(own)).unwrap();
     took.push(eventually("the list is back", || has_entry(&scratch, own)).await);
     println!("mended after {took:?}");
-    let fastest = took.iter().min().unwrap();
-    assert!(*fastest < Duration::from_secs(1), "{took:?}");
+    // One that a busy machine has kept waiting is no rule.
+    took.sort_unstable();
+    assert!(took[took.len() / 2] < Duration::from_secs(1), "{took:?}");
     eventually("what was put aside is gone", || {
         !scratch.conf(&format!("{own}.cilium_bak")).exists()
     })

@@ -1,10 +1,12 @@
-//! `cargo xtask fuzz`: libFuzzer over the targets of `tests/fuzz`, side by side, for so many seconds each. What it finds out
-//! on the way stays in `target/fuzz`; only `--keep` puts it into the tree. No nightly compiler and no cargo-fuzz is needed.
+//! `cargo xtask fuzz`: libFuzzer over the targets of `tests/fuzz`, for so many seconds each, as many side by side as there are
+//! processors: the seconds are those of a clock, and a target that shares its processor gets less. What it finds out on the
+//! way stays in `target/fuzz`; only `--keep` puts it into the tree. No nightly compiler and no cargo-fuzz is needed.
 
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::{Child, Command, ExitStatus},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -13,6 +15,10 @@ use crate::{cmd, ebpf, project::Project, test::Verdict};
 
 /// How long each target runs where nothing else is said, as in CI.
 const SECONDS: u32 = 30;
+/// How much longer than it was told to a target may take: it looks at its clock between two inputs alone.
+const LATE: Duration = Duration::from_secs(120);
+/// How often it is asked whether it has ended.
+const POLL: Duration = Duration::from_millis(100);
 /// The last lines of a log that tell what went wrong.
 const TAIL: usize = 40;
 
@@ -87,17 +93,29 @@ fn select(project: &Project, wanted: &[String]) -> Result<Vec<String>> {
 
 fn fuzz(project: &Project, targets: &[String], seconds: u32) -> Result<()> {
     build(project, targets)?;
-    let mut running = Vec::new();
-    for target in targets {
-        running.push(Run::start(project, target, seconds)?);
-    }
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut waiting = targets.iter();
+    let mut running: Vec<Run> = Vec::new();
     let mut failed = Vec::new();
-    for run in running {
-        let (target, log) = (run.target.clone(), run.log.clone());
-        if let Err(error) = run.finish() {
-            eprintln!("error: {target}: {error:#}");
-            eprintln!("{}", tail(&log));
-            failed.push(target);
+    loop {
+        let free = processors.saturating_sub(running.len());
+        for target in waiting.by_ref().take(free) {
+            running.push(Run::start(project, target, seconds)?);
+        }
+        if running.is_empty() {
+            break;
+        }
+        std::thread::sleep(POLL);
+        for mut run in std::mem::take(&mut running) {
+            match run.ended() {
+                Ok(None) => running.push(run),
+                Ok(Some(())) => {}
+                Err(error) => {
+                    eprintln!("error: {}: {error:#}", run.target);
+                    eprintln!("{}", tail(&run.log));
+                    failed.push(run.target.clone());
+                }
+            }
         }
     }
     if !failed.is_empty() {
@@ -128,6 +146,7 @@ struct Run {
     target: String,
     log: PathBuf,
     child: Child,
+    deadline: Instant,
 }
 
 impl Run {
@@ -155,11 +174,22 @@ impl Run {
             target: target.to_owned(),
             log,
             child,
+            deadline: Instant::now() + Duration::from_secs(seconds.into()) + LATE,
         })
     }
 
-    fn finish(mut self) -> Result<()> {
-        let status = self.child.wait()?;
+    /// Whether it has ended; an error unless it has tried inputs and none has failed.
+    fn ended(&mut self) -> Result<Option<()>> {
+        let Some(status) = self.child.try_wait()? else {
+            if Instant::now() > self.deadline {
+                bail!("it did not end in time, and was ended");
+            }
+            return Ok(None);
+        };
+        self.judge(status).map(Some)
+    }
+
+    fn judge(&self, status: ExitStatus) -> Result<()> {
         if !status.success() {
             bail!("{status}");
         }
@@ -170,6 +200,14 @@ impl Run {
         }
         eprintln!("{}: {runs} inputs, none failed", self.target);
         Ok(())
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // Ended already, unless it is late or another one could not be started.
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
     }
 }
 

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: the suites, what each needs, and one verdict over all of them. A suite that cannot run is a
 //! failure, never a skip.
 
+mod family;
 mod record;
 mod summary;
 

@@ -22,7 +22,7 @@ use crate::plan::NODES;
 use crate::server::Lifetime;
 use crate::services::{self, Service};
 use crate::state::{NodeState, State, dir_of, take_plan};
-use crate::{cilium, controllers, sweep, tool};
+use crate::{cilium, controllers, evidence, sweep, tool};
 
 /// Generous: the machine may be busy with other things.
 const READY: Duration = Duration::from_secs(180);
@@ -420,23 +420,8 @@ impl Cluster {
 
     /// What to keep of a cluster on which a test has failed.
     fn describe(&self) {
-        for (file, args) in [
-            ("pods.log", &["get", "nodes,pods", "-A", "-o", "wide"][..]),
-            ("describe.log", &["describe", "nodes"]),
-            ("describe-pods.log", &["describe", "pods", "-A"]),
-            (
-                "events.log",
-                &["get", "events", "-A", "--sort-by=.lastTimestamp"],
-            ),
-        ] {
-            let text = self
-                .admin()
-                .run(args)
-                .unwrap_or_else(|error| format!("{error:#}"));
-            let path = self.api.scratch().join(file);
-            if let Err(error) = fs::write(&path, text) {
-                eprintln!("writing {}: {error}", path.display());
-            }
+        if let Err(error) = evidence::describe(&self.api, self.api.scratch()) {
+            eprintln!("describing the cluster: {error:#}");
         }
     }
 }

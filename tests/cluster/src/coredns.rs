@@ -63,7 +63,7 @@ spec:
   - name: coredns
     image: {IMAGE}
     args: [-conf, /etc/coredns/Corefile]
-    readinessProbe: {{httpGet: {{path: /ready, port: 8181}}, periodSeconds: 1}}
+    readinessProbe: {{httpGet: {{path: /ready, port: 8181}}, periodSeconds: 1, timeoutSeconds: 20}}
     volumeMounts: [{{name: config, mountPath: /etc/coredns}}]
   volumes:
   - {{name: config, configMap: {{name: coredns}}}}

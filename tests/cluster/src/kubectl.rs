@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+/// Of every `delete` that waits until the object is gone: left to itself, kubectl waits for a week.
+pub const IN_TIME: &str = "--timeout=180s";
 /// How often something waited for is asked for.
 const POLL: Duration = Duration::from_millis(200);
 /// How long a command is tried again that has failed for a reason of [`PASSING`].

@@ -14,16 +14,16 @@ use serde_json::{Map, Value, json};
 
 use crate::build::copy_tree;
 use crate::built::{binary, culvert_image};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Cni};
 use crate::image::Image;
 use crate::node::Node;
-use crate::{place, tool};
+use crate::{evidence, place, tool};
 
 const ZTUNNEL: &str = include_str!("ztunnel.yaml");
 /// Where a node's ztunnel has its files, on that node.
 const FILES: &str = "var/lib/ztunnel";
-/// On which clusters this process has installed both.
-static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// On which clusters this process has installed both, and what Culvert's DaemonSet is to be like there.
+static INSTALLED: Mutex<Vec<(PathBuf, Value)>> = Mutex::new(Vec::new());
 const ANSWER: Duration = Duration::from_secs(30);
 /// Generous: the machine may be busy with other things.
 const ROLLOUT: Duration = Duration::from_secs(180);
@@ -45,16 +45,17 @@ pub struct Mesh<'a> {
 }
 
 impl<'a> Mesh<'a> {
-    /// Installs both and waits until they are rolled out. A cluster that has them already keeps them.
+    /// Installs both and waits until they are rolled out. A cluster that has them already keeps them as they are.
     ///
     /// # Errors
-    /// When a binary has not been built (the error says how to), or something does not become ready.
+    /// When a binary has not been built (the error says how to), or something does not become ready; then nodes, pods and
+    /// logs are kept.
     pub fn install(cluster: &'a Cluster) -> Result<Self> {
         let mesh = Self { cluster };
         // Tests ask for it side by side; the others wait for the first.
         let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         let id = cluster.scratch().to_path_buf();
-        if installed.contains(&id) {
+        if installed.iter().any(|(one, _)| *one == id) {
             return Ok(mesh);
         }
         mesh.load_images()?;
@@ -62,18 +63,82 @@ impl<'a> Mesh<'a> {
         cluster.apply(ZTUNNEL)?;
         Self::install_again(cluster)?;
         mesh.wait_for_rollout(PROXY.0, PROXY.1)?;
-        installed.push(id);
+        installed.push((id, mesh.daemonset()?["spec"].clone()));
         Ok(mesh)
     }
 
-    /// Installs Culvert where it has been taken away, and waits until it is rolled out.
+    /// Installs Culvert where it has been taken away or changed, and waits until it is rolled out.
+    ///
+    /// # Errors
+    /// When something does not become ready; then nodes, pods and logs are kept.
+    pub fn install_again(cluster: &'a Cluster) -> Result<()> {
+        let mesh = Self { cluster };
+        mesh.apply()
+            .inspect_err(|_| mesh.keep("apply"))
+            .context("installing Culvert")?;
+        mesh.wait_for_rollout(AGENT.0, AGENT.1)
+    }
+
+    /// Puts Culvert back where its DaemonSet is not what has been installed, or not on all nodes: one test's failure is not
+    /// to be the next one's.
     ///
     /// # Errors
     /// When something does not become ready.
-    pub fn install_again(cluster: &'a Cluster) -> Result<()> {
-        let base = place::root().join("deploy/base");
-        cluster.kubectl(&["apply", "--kustomize", &base.display().to_string()])?;
-        Self { cluster }.wait_for_rollout(AGENT.0, AGENT.1)
+    pub fn put_right(&self) -> Result<()> {
+        let installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = |(id, _): &&(PathBuf, Value)| *id == self.cluster.scratch();
+        let (_, spec) = installed
+            .iter()
+            .find(here)
+            .context("Culvert has not been installed here")?;
+        let nodes = self.cluster.nodes().len();
+        let right = self.daemonset().is_ok_and(|now| {
+            now["spec"] == *spec && now["status"]["numberAvailable"].as_u64() == Some(nodes as u64)
+        });
+        if right {
+            return Ok(());
+        }
+        eprintln!("Culvert is not as it was installed: it is put back");
+        Self::install_again(self.cluster)
+    }
+
+    fn daemonset(&self) -> Result<Value> {
+        let args = ["daemonset", AGENT.0, "-n", AGENT.1];
+        self.cluster.admin().get(&args)
+    }
+
+    fn apply(&self) -> Result<()> {
+        let dir = self.manifests().display().to_string();
+        let admin = self.cluster.admin();
+        // Nothing can be made in a namespace that is on its way out.
+        let apply = ["apply", "--kustomize", &dir];
+        admin.wait_until("Culvert is applied", ROLLOUT, &apply, |_| true)?;
+        // What somebody else has added stays when the same is applied again.
+        let replace = ["replace", "--kustomize", &dir, "--dry-run=server"];
+        let wanted = admin.run(&[&replace[..], &["-o", "json"]].concat())?;
+        let wanted: Value = serde_json::from_str(&wanted).context("kubectl printed no JSON")?;
+        let wanted = wanted["items"]
+            .as_array()
+            .and_then(|all| all.iter().find(|one| one["kind"] == "DaemonSet"))
+            .context("no DaemonSet among the manifests")?;
+        if wanted["spec"] != self.daemonset()?["spec"] {
+            admin.run_with(&["replace", "-f", "-"], &wanted.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// What users apply on a cluster with such a network.
+    fn manifests(&self) -> PathBuf {
+        let dir = match self.cluster.cni() {
+            Cni::Cilium => "deploy/overlays/cilium",
+            Cni::Bridge | Cni::Newest | Cni::None => "deploy/base",
+        };
+        place::root().join(dir)
+    }
+
+    /// Keeps what is to be known after an error, under the cluster's name and what went wrong.
+    fn keep(&self, what: &str) {
+        evidence::keep_after(self.cluster, &format!("{}-{what}", self.cluster.name()));
     }
 
     /// The command line tool, of this build.
@@ -95,7 +160,7 @@ impl<'a> Mesh<'a> {
     /// Waits until a DaemonSet is rolled out.
     ///
     /// # Errors
-    /// When it is not in time.
+    /// When it is not in time; then nodes, pods and logs are kept.
     pub fn wait_for_rollout(&self, name: &str, namespace: &str) -> Result<()> {
         let object = format!("daemonset/{name}");
         // A watch that breaks off is no verdict: it is asked again.
@@ -109,7 +174,10 @@ impl<'a> Mesh<'a> {
         ];
         let what = format!("{object} in {namespace} is rolled out");
         let admin = self.cluster.admin();
-        admin.wait_until(&what, ROLLOUT, &args, |_| true).map(drop)
+        admin
+            .wait_until(&what, ROLLOUT, &args, |_| true)
+            .inspect_err(|_| self.keep(name))
+            .map(drop)
     }
 
     fn load_images(&self) -> Result<()> {

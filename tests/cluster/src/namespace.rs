@@ -1,21 +1,22 @@
 //! A Kubernetes namespace for one test in a cluster that several tests share. It goes with the value; when its test
 //! fails, what is to be known about its pods stays.
 
-use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
+use std::sync::Once;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use crate::api::Api;
-use crate::mesh::AGENT;
-use crate::place;
+use crate::kubectl::IN_TIME;
+use crate::{evidence, place};
 
-/// Generous: the machine may be busy with other things.
-const READY: Duration = Duration::from_secs(120);
+/// Generous: the machine may be busy with other things, and a Cilium that has just been started compiles its programs,
+/// for both nodes at once, before it gives a pod its network.
+const READY: Duration = Duration::from_secs(300);
 
 /// One line a pod, under one of headings.
 const READINESS: &str = "custom-columns=NAME:.metadata.name,PHASE:.status.phase,GOES:.metadata.deletionTimestamp,\
@@ -26,6 +27,7 @@ const READINESS: &str = "custom-columns=NAME:.metadata.name,PHASE:.status.phase,
 pub struct Namespace<'a> {
     api: &'a Api,
     name: String,
+    kept: Once,
 }
 
 impl Api {
@@ -33,13 +35,20 @@ impl Api {
     /// it: its service account is there.
     ///
     /// # Errors
-    /// When the API server refuses it, or no controller makes the service account.
+    /// When the API server refuses it, what is left of an earlier one does not go, or no controller makes the service
+    /// account; then nodes, pods and logs are kept.
     pub fn namespace(&self, name: &str, labels: &[&str]) -> Result<Namespace<'_>> {
-        self.kubectl(&["delete", "namespace", name, "--ignore-not-found"])?;
+        self.make_namespace(name, labels)
+            .inspect_err(|_| evidence::keep_after(self, name))
+    }
+
+    fn make_namespace(&self, name: &str, labels: &[&str]) -> Result<Namespace<'_>> {
+        self.kubectl(&["delete", "namespace", name, "--ignore-not-found", IN_TIME])?;
         self.kubectl(&["create", "namespace", name])?;
         let namespace = Namespace {
             api: self,
             name: name.to_owned(),
+            kept: Once::new(),
         };
         if !labels.is_empty() {
             self.kubectl(&[&["label", "namespace", name], labels].concat())?;
@@ -115,10 +124,17 @@ impl Namespace<'_> {
         answer
     }
 
-    /// Writes down what is to be known after a failure.
-    fn keep(&self) -> Result<PathBuf> {
-        // Servers of the cluster and of its nodes, and pods of the system, first.
-        let dir = place::keep_logs(&self.api.spec().dir, &self.name)?;
+    /// Writes down what is to be known after a failure, the first time: what puts things back when a test fails calls it
+    /// before that, and it is called when the namespace goes.
+    pub fn keep(&self) {
+        self.kept.call_once(|| match self.write_down() {
+            Ok(dir) => eprintln!("pods, events, logs and agents: {}", dir.display()),
+            Err(error) => eprintln!("keeping what {} was like: {error:#}", self.name),
+        });
+    }
+
+    fn write_down(&self) -> Result<PathBuf> {
+        let dir = evidence::keep(self.api, &self.name)?;
         // A selector that every pod fits: without one, kubectl wants a name.
         let all = "--selector=!culvert.test/none";
         let logs = ["logs", all, "--all-containers", "--prefix", "--tail=500"];
@@ -128,47 +144,17 @@ impl Namespace<'_> {
             ("events.log", &["get", "events", "--sort-by=.lastTimestamp"]),
             ("containers.log", &logs),
         ] {
-            let text = self
-                .kubectl(args)
-                .unwrap_or_else(|error| format!("{error:#}"));
-            let path = dir.join(file);
-            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            let args = [&["--namespace", &self.name][..], args].concat();
+            evidence::write(&dir.join(file), &evidence::ask(self.api, &args))?;
         }
-        self.keep_agents(&dir)?;
         Ok(dir)
-    }
-
-    /// How each agent stands, where there are any.
-    fn keep_agents(&self, dir: &Path) -> Result<()> {
-        let (name, namespace) = AGENT;
-        let pods = self.api.admin().get(&["pods", "-n", namespace])?;
-        for pod in pods["items"].as_array().into_iter().flatten() {
-            let agent = pod["metadata"]["name"].as_str().unwrap_or_default();
-            let node = pod["spec"]["nodeName"].as_str().unwrap_or_default();
-            if !agent.starts_with(name) {
-                continue;
-            }
-            let command = ["/bin/culvert", "status", "-o", "json"];
-            let exec = [&["exec", "-n", namespace, agent, "--"][..], &command].concat();
-            let logs = ["logs", "-n", namespace, agent, "--tail=5000"];
-            for (file, args) in [("status.json", &exec[..]), ("agent.log", &logs)] {
-                let text = self.api.kubectl(args);
-                let text = text.unwrap_or_else(|error| format!("{error:#}"));
-                let path = dir.join(format!("{node}-{file}"));
-                fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-            }
-        }
-        Ok(())
     }
 }
 
 impl Drop for Namespace<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            match self.keep() {
-                Ok(dir) => eprintln!("pods, events, logs and agents: {}", dir.display()),
-                Err(error) => eprintln!("keeping what {} was like: {error:#}", self.name),
-            }
+            self.keep();
         }
         if place::keep() {
             eprintln!("kept: namespace {}", self.name);

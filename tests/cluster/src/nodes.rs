@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -27,13 +27,7 @@ impl Cluster {
     /// # Errors
     /// When the node is off.
     pub fn command_on(&self, node: &Node, args: &[impl AsRef<OsStr>]) -> Result<Command> {
-        let mut state = self.lock();
-        let init = node_state(&mut state, node)
-            .init
-            .clone()
-            .filter(Server::alive)
-            .with_context(|| format!("{} is off", node.name()))?;
-        Ok(Node::command(&init, args))
+        Ok(Node::command(&self.init(node)?, args))
     }
 
     /// Runs a command on a node to its end and returns what it printed.
@@ -42,6 +36,24 @@ impl Cluster {
     /// When the node is off or the command fails; the error holds what it said.
     pub fn run_on(&self, node: &Node, args: &[impl AsRef<OsStr>]) -> Result<String> {
         tool::run(&mut self.command_on(node, args)?)
+    }
+
+    /// Where the root of a node's files is as seen from outside, with what is mounted there.
+    ///
+    /// # Errors
+    /// When the node is off.
+    pub fn root_of(&self, node: &Node) -> Result<PathBuf> {
+        Ok(Path::new("/proc")
+            .join(self.init(node)?.pid().to_string())
+            .join("root"))
+    }
+
+    fn init(&self, node: &Node) -> Result<Server> {
+        node_state(&mut self.lock(), node)
+            .init
+            .clone()
+            .filter(Server::alive)
+            .with_context(|| format!("{} is off", node.name()))
     }
 
     /// Makes an image known to all nodes: a tar as `docker save` or an OCI layout has it.

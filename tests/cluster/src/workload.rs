@@ -51,7 +51,7 @@ pub fn pod(name: &str, node: &str, args: &[&str]) -> Value {
     });
     if args.first() == Some(&"serve") {
         pod["spec"]["containers"][0]["readinessProbe"] =
-            json!({"tcpSocket": {"port": 8080}, "periodSeconds": 1});
+            json!({"tcpSocket": {"port": 8080}, "periodSeconds": 1, "timeoutSeconds": 20});
     }
     pod
 }

@@ -31,9 +31,9 @@ spec:
     image: culvert.test/busybox:1
     command: [sh, -c, "echo serving; mkdir /www; echo $NODE > /www/index.html; exec httpd -f -p 8080 -h /www"]
     env: [{{name: NODE, valueFrom: {{fieldRef: {{fieldPath: spec.nodeName}}}}}}]
-    startupProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1, failureThreshold: 30}}
-    readinessProbe: {{tcpSocket: {{port: 8080}}, periodSeconds: 1}}
-    livenessProbe: {{exec: {{command: [cat, /www/index.html]}}, periodSeconds: 5}}
+    startupProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1, timeoutSeconds: 20, failureThreshold: 60}}
+    readinessProbe: {{tcpSocket: {{port: 8080}}, periodSeconds: 1, timeoutSeconds: 20}}
+    livenessProbe: {{exec: {{command: [cat, /www/index.html]}}, periodSeconds: 5, timeoutSeconds: 20}}
 "#
         );
     }

@@ -12,7 +12,7 @@ spec:
   - name: web
     image: culvert.test/busybox:1
     command: [sh, -c, "mkdir /www; echo hello > /www/index.html; exec httpd -f -p 8080 -h /www"]
-    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 20}
 "#;
 
 fn serve<'a>(cluster: &'a Cluster, name: &str) -> anyhow::Result<Namespace<'a>> {

@@ -201,14 +201,7 @@ pub fn map_count() -> Result<usize> {
 pub fn programs_using(maps: &BTreeSet<u32>) -> Result<BTreeSet<u32>> {
     let mut found = BTreeSet::new();
     for id in ids(PROG_NEXT_ID)? {
-        let mut attr = [0; ATTR];
-        put(&mut attr, 0, &id.to_ne_bytes());
-        let fd = match new_fd(PROG_FD_BY_ID, &mut attr) {
-            Ok(fd) => fd,
-            // Gone since it was listed.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
-            Err(error) => return Err(error).context("opening a program by its number"),
-        };
+        let Some(fd) = program(id)? else { continue };
         if used_maps(&fd)?.iter().any(|map| maps.contains(map)) {
             found.insert(id);
         }
@@ -216,13 +209,22 @@ pub fn programs_using(maps: &BTreeSet<u32>) -> Result<BTreeSet<u32>> {
     Ok(found)
 }
 
-/// The kernel's hash over the instructions of each of these programs.
+/// A program by its number; none when it is gone since it was listed.
+fn program(id: u32) -> Result<Option<OwnedFd>> {
+    let mut attr = [0; ATTR];
+    put(&mut attr, 0, &id.to_ne_bytes());
+    match new_fd(PROG_FD_BY_ID, &mut attr) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error).context("opening a program by its number"),
+    }
+}
+
+/// The kernel's hash over the instructions of each of these programs that are still there.
 pub fn program_tags(ids: &BTreeSet<u32>) -> Result<BTreeSet<[u8; 8]>> {
     let mut tags = BTreeSet::new();
     for id in ids {
-        let mut attr = [0; ATTR];
-        put(&mut attr, 0, &id.to_ne_bytes());
-        let fd = new_fd(PROG_FD_BY_ID, &mut attr).context("opening a program by its number")?;
+        let Some(fd) = program(*id)? else { continue };
         let mut tag = [0; 8];
         tag.copy_from_slice(&info(&fd)?[TAG..TAG + 8]);
         tags.insert(tag);
@@ -251,8 +253,12 @@ fn used_maps(program: &OwnedFd) -> Result<Vec<u32>> {
 
 /// The maps of a lab, by name.
 pub fn maps_of(lab: &culvert_lab::Lab) -> Result<Vec<(String, Map)>> {
-    let dir = lab.bpffs().join("maps");
-    let entries = std::fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))?;
+    maps_in(&lab.bpffs().join("maps"))
+}
+
+/// The maps that are pinned in a directory, by name.
+pub fn maps_in(dir: &Path) -> Result<Vec<(String, Map)>> {
+    let entries = std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))?;
     let mut maps = Vec::new();
     for entry in entries {
         let entry = entry?;

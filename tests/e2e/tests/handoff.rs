@@ -9,7 +9,7 @@ use culvert_e2e::{
     LONG, Mesh,
     traffic::{servers, talk},
 };
-use culvert_lab::{Family, Ns, Server, Ztunnel, ZtunnelOptions, connect, roundtrip};
+use culvert_lab::{Family, Ns, Server, Stop, Ztunnel, ZtunnelOptions, connect, roundtrip};
 
 /// SYN retries back off, so completing may take this much longer than ztunnel itself.
 const RETRIES: Duration = Duration::from_secs(30);
@@ -56,10 +56,10 @@ impl Load<'_> {
                     });
                 });
             }
+            let _at_the_end = Stop::at_the_end(&stop);
             std::thread::sleep(moment);
             let result = meanwhile();
             std::thread::sleep(moment);
-            stop.store(true, Ordering::SeqCst);
             result
         });
         let errors = errors

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_e2e::{LONG, Mesh, bpf, eventually, traffic::servers};
-use culvert_lab::{Lab, Ns, roundtrip};
+use culvert_lab::{Lab, Ns, Stop, roundtrip};
 
 /// Makes the next `load` believe that what is loaded comes from another object.
 fn age_programs(lab: &Lab) -> Result<()> {
@@ -84,9 +84,8 @@ fn programs_replaced_under_load_lose_no_connection() {
             }
             Ok(replaced)
         };
-        let result = replace();
-        stop.store(true, Ordering::SeqCst);
-        result
+        let _at_the_end = Stop::at_the_end(&stop);
+        replace()
     });
     let took = started.elapsed();
     let errors = errors.into_inner().unwrap();

@@ -6,6 +6,7 @@
     reason = "test code: a step that fails is a test that fails"
 )]
 
+use culvert_cluster::IN_TIME;
 use culvert_kube_tests::{
     Bed, LONG, NODE, eventually, logs, mode,
     node::{Node, running},
@@ -138,7 +139,14 @@ async fn pods_that_cannot_be_served_and_why() {
     node.until("it is again", || Ok(warns("only-http")))
         .unwrap();
     bed.plane
-        .kubectl(&["delete", "networkpolicy", "only-http", "-n", "mesh"])
+        .kubectl(&[
+            "delete",
+            "networkpolicy",
+            "only-http",
+            "-n",
+            "mesh",
+            IN_TIME,
+        ])
         .unwrap();
     node.until("gone", || Ok(!warns("only-http"))).unwrap();
     // Whoever asks for the mesh no more needs no excuse, not even when it was another agent that gave it.
@@ -294,7 +302,14 @@ async fn cilium_beside_us_is_judged_as_it_changes() {
     node.until("in order", || Ok(node.task("cilium")?["ready"] == true))
         .unwrap();
     bed.plane
-        .kubectl(&["delete", "configmap", "cilium-config", "-n", "kube-system"])
+        .kubectl(&[
+            "delete",
+            "configmap",
+            "cilium-config",
+            "-n",
+            "kube-system",
+            IN_TIME,
+        ])
         .unwrap();
     node.until("nothing to say", || {
         let task = node.task("cilium")?;

@@ -9,6 +9,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use culvert::watch::Standing;
+use culvert_cluster::IN_TIME;
 use culvert_kube_tests::{Bed, HOME, NODE, eventually, find, logs};
 use serde_json::json;
 
@@ -49,7 +50,14 @@ async fn a_token_is_replaced_in_time_and_too_late() {
 
     // Revoked: a service account of the same name is another, and the tokens of the one before are void.
     bed.plane
-        .kubectl(&["delete", "serviceaccount", account, "-n", namespace])
+        .kubectl(&[
+            "delete",
+            "serviceaccount",
+            account,
+            "-n",
+            namespace,
+            IN_TIME,
+        ])
         .unwrap();
     bed.plane
         .kubectl(&["create", "serviceaccount", account, "-n", namespace])

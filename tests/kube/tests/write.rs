@@ -6,6 +6,7 @@ use culvert::{
     model::{PodRef, PodUid, Redirection, keys},
     watch::{About, Kind, Notice, Standing, Written},
 };
+use culvert_cluster::IN_TIME;
 use culvert_kube_tests::{Bed, NODE, eventually, find, logs};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::ListParams;
@@ -273,6 +274,7 @@ async fn upgrade_or_removal() {
             "culvert",
             "-n",
             "culvert-system",
+            IN_TIME,
         ])
         .unwrap();
     eventually("the token is refused", || async {

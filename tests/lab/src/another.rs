@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -30,29 +30,33 @@ const MOV32: u8 = 0xb4;
 const LOAD_IMM64: u8 = 0x18;
 
 impl Lab {
-    /// A copy of the binary in which each `r = imm` of its programs is written in the other of its two forms.
+    /// Another build than the binary that is tested.
     pub fn another_build(&self) -> Result<PathBuf> {
-        let from = culvert_binary()?;
-        let mut bytes = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
-        let starts: Vec<usize> = bytes
-            .windows(OBJECT.len())
-            .enumerate()
-            .filter_map(|(at, window)| (window == OBJECT).then_some(at))
-            .collect();
-        let [start] = starts[..] else {
-            bail!(
-                "{} eBPF objects in {}, not one",
-                starts.len(),
-                from.display()
-            );
-        };
-        rewrite(&mut bytes[start..])?;
         let to = self.scratch().join("another-culvert");
-        fs::write(&to, bytes)
-            .and_then(|()| fs::set_permissions(&to, fs::Permissions::from_mode(0o755)))
-            .with_context(|| format!("writing {}", to.display()))?;
+        another_build(&culvert_binary()?, &to)?;
         Ok(to)
     }
+}
+
+/// Copies a binary and writes each `r = imm` of its programs in the other of its two forms.
+pub fn another_build(from: &Path, to: &Path) -> Result<()> {
+    let mut bytes = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
+    let starts: Vec<usize> = bytes
+        .windows(OBJECT.len())
+        .enumerate()
+        .filter_map(|(at, window)| (window == OBJECT).then_some(at))
+        .collect();
+    let [start] = starts[..] else {
+        bail!(
+            "{} eBPF objects in {}, not one",
+            starts.len(),
+            from.display()
+        );
+    };
+    rewrite(&mut bytes[start..])?;
+    fs::write(to, bytes)
+        .and_then(|()| fs::set_permissions(to, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("writing {}", to.display()))
 }
 
 /// Rewrites every executed section of the object that begins here.

@@ -6,18 +6,24 @@ use std::{
     fs::{self, File},
     io::{self, BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 
+use super::family;
 use crate::cmd;
 
+/// How long a suite's tests may take, what is compiled for them included. The longest takes half of it on two processors
+/// that have nothing else to do; one that is still running then waits for something that does not come.
+const LIMIT: Duration = Duration::from_secs(60 * 60);
 /// How long after a command's end its last words are waited for. What it has left running holds the same pipe, so its end
 /// is no sign.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// What it has left running may go on talking; nobody listens for longer.
+const ENOUGH: Duration = Duration::from_secs(10);
 
 /// Results of libtest, summed up.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -29,12 +35,28 @@ pub(super) struct Tally {
     pub(super) names: BTreeSet<String>,
     /// Names of a list that may turn out to be something else.
     pub(super) listed: Vec<String>,
+    /// Which tests run by now, as cargo names them.
+    pub(super) binary: Option<String>,
+    /// Tests that have been running for a minute, by libtest's own clock.
+    pub(super) slow: BTreeSet<String>,
 }
 
 impl Tally {
     /// Takes in one line. Names come in the last list of failures before a result.
     fn read(&mut self, line: &str) {
-        if line == "failures:" {
+        if let Some(test) = line.strip_prefix("test ")
+            && let Some((name, what)) = test.split_once(' ')
+        {
+            if what.starts_with("has been running for over") {
+                self.slow.insert(name.to_owned());
+            } else if what.starts_with("... ") {
+                self.slow.remove(name);
+            }
+        }
+        if let Some(binary) = line.strip_prefix("     Running ") {
+            self.binary = Some(binary.to_owned());
+            self.slow.clear();
+        } else if line == "failures:" {
             self.listed.clear();
         } else if let Some(name) = line.strip_prefix("    ") {
             self.listed.push(name.to_owned());
@@ -50,6 +72,20 @@ impl Tally {
                 self.names.extend(self.listed.drain(..));
             }
             self.listed.clear();
+            self.slow.clear();
+        }
+    }
+
+    /// What ran last, for somebody who wants to know why it does not end.
+    fn last(&self) -> String {
+        let names: Vec<_> = self.slow.iter().map(String::as_str).collect();
+        let names = match names[..] {
+            [] => "no test that has been running for long".to_owned(),
+            _ => names.join(", "),
+        };
+        match &self.binary {
+            Some(binary) => format!("{names}, in {binary}"),
+            None => names,
         }
     }
 }
@@ -66,6 +102,7 @@ fn counted(result: &str, what: &str) -> u64 {
 /// The log of one suite.
 pub(super) struct Record {
     log: File,
+    limit: Duration,
     pub(super) path: PathBuf,
     pub(super) tally: Tally,
 }
@@ -80,12 +117,14 @@ impl Record {
             File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Self {
             log,
+            limit: LIMIT,
             path: path.to_owned(),
             tally: Tally::default(),
         })
     }
 
-    /// Runs a command to its end; failing is an error that names it.
+    /// Runs a command to its end; failing is an error that names it. After [`LIMIT`] it is ended, with all it has started,
+    /// and the error names what ran last.
     pub(super) fn run(&mut self, command: &mut Command) -> Result<()> {
         let shown = cmd::show(command);
         let (reader, writer) = io::pipe().context("cannot make a pipe")?;
@@ -109,29 +148,47 @@ impl Record {
                 }
             }
         });
-        let mut ended = None;
-        while self.copy(&lines)? && ended.is_none() {
-            ended = child
-                .try_wait()
-                .with_context(|| format!("cannot wait for `{shown}`"))?;
-            if ended.is_some() {
-                self.copy(&lines)?;
-            }
+        let status = self
+            .follow(&mut child, &lines)
+            .with_context(|| format!("cannot wait for `{shown}`"))?;
+        // Also of what it has been ended by.
+        self.copy(&lines, Instant::now() + ENOUGH)?;
+        match status {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("`{shown}` failed: {status}"),
+            None => bail!(
+                "`{shown}` was ended: it was still running after {} minutes; last: {}",
+                self.limit.as_secs() / 60,
+                self.tally.last()
+            ),
         }
-        let status = match ended {
-            Some(status) => status,
-            None => child
-                .wait()
-                .with_context(|| format!("cannot wait for `{shown}`"))?,
-        };
-        if !status.success() {
-            bail!("`{shown}` failed: {status}");
-        }
-        Ok(())
     }
 
-    /// Copies lines until none come for a while (true) or none can come any more (false).
-    fn copy(&mut self, lines: &Receiver<Vec<u8>>) -> Result<bool> {
+    /// Copies what a command prints until it has ended, or has been ended (`None`) because it took too long.
+    fn follow(
+        &mut self,
+        child: &mut Child,
+        lines: &Receiver<Vec<u8>>,
+    ) -> Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + self.limit;
+        loop {
+            let told_all = !self.copy(lines, Instant::now() + LAST_WORDS)?;
+            if let Some(status) = child.try_wait()? {
+                return Ok(Some(status));
+            }
+            if Instant::now() >= deadline {
+                family::end(child.id())?;
+                child.wait()?;
+                return Ok(None);
+            }
+            if told_all {
+                std::thread::sleep(LAST_WORDS);
+            }
+        }
+    }
+
+    /// Copies lines until none come for a while or that moment has come (true), or none can come any more (false).
+    fn copy(&mut self, lines: &Receiver<Vec<u8>>, until: Instant) -> Result<bool> {
         loop {
             match lines.recv_timeout(LAST_WORDS) {
                 Ok(line) => {
@@ -143,6 +200,9 @@ impl Record {
                 }
                 Err(RecvTimeoutError::Timeout) => return Ok(true),
                 Err(RecvTimeoutError::Disconnected) => return Ok(false),
+            }
+            if Instant::now() >= until {
+                return Ok(true);
             }
         }
     }
@@ -198,6 +258,30 @@ test result: ok. 12 passed; 0 failed; 0 ignored; 0 measured; 3 filtered out; fin
         let kept = fs::read_to_string(&path).unwrap();
         fs::remove_file(&path).unwrap();
         assert!(kept == "first\nlast wordssaid\n", "{kept}");
+    }
+
+    #[test]
+    fn what_takes_too_long_is_ended_with_all_it_has_started_and_named() {
+        let path = std::env::temp_dir().join(format!("culvert-late-{}", std::process::id()));
+        let mut record = Record::begin(&path).unwrap();
+        record.limit = Duration::from_secs(3);
+        // In a process group of its own, as servers of tests are, and never silent.
+        let script = "echo '     Running tests/x.rs (x)'
+            echo 'test a::done has been running for over 60 seconds'
+            echo 'test a::hangs has been running for over 60 seconds'
+            echo 'test a::done ... ok'
+            setsid sleep 1000 & echo $!
+            while :; do echo still here; sleep 0.5; done";
+        let error = record.run(Command::new("sh").args(["-c", script]));
+        let error = error.unwrap_err().to_string();
+        let last = "; last: a::hangs, in tests/x.rs (x)";
+        assert!(error.ends_with(last), "{error}");
+        let said = fs::read_to_string(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let sleeper = said.lines().nth(4).unwrap();
+        let sleeper = Path::new("/proc").join(sleeper).join("cmdline");
+        let line = fs::read_to_string(sleeper).unwrap_or_default();
+        assert!(!line.contains("sleep"), "{line}");
     }
 
     #[test]

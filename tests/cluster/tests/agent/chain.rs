@@ -1,18 +1,15 @@
 //! The chain of CNI plugins with ours at its end, under each version of the configuration that runtimes speak, by the
 //! container runtime and by hand; and pods that have IPv6 alone.
 
-use std::io::Write as _;
-use std::process::Stdio;
-
-use culvert_cluster::{Part, Parts, Service, pod};
+use culvert_cluster::{IN_TIME, Part, Parts, Service, pod};
 use serde_json::{Value, json};
 
 use crate::alone;
-use crate::bed::{AMBIENT, Bed, shell};
-use crate::traffic::{configurations, installed};
+use crate::bed::{AMBIENT, Bed, at_the_start, often, shell};
+use crate::guards::ServiceOff;
+use crate::installation::{configurations, foreign, installed, write_foreign};
 
 const NODES: [&str; 2] = ["node1", "node2"];
-const FILE: &str = "/etc/cni/net.d/10-bridge.conflist";
 /// The network's name, under which plugins keep what they know.
 const NETWORK: &str = "bridge";
 
@@ -24,17 +21,9 @@ struct Configured<'a> {
 
 impl<'a> Configured<'a> {
     fn new(bed: &'a Bed) -> Self {
-        let foreign = |name: &str| {
-            let node = bed.cluster.node(name).unwrap();
-            let text = bed.cluster.run_on(&node, &["cat", FILE]).unwrap();
-            let mut list: Value = serde_json::from_str(&text).unwrap();
-            let plugins = list["plugins"].as_array_mut().unwrap();
-            plugins.retain(|plugin| plugin["type"] != "culvert-cni");
-            list
-        };
         Self {
             bed,
-            before: NODES.iter().map(|name| foreign(name)).collect(),
+            before: NODES.iter().map(|name| foreign(bed, name)).collect(),
         }
     }
 
@@ -43,7 +32,7 @@ impl<'a> Configured<'a> {
         for (name, list) in NODES.iter().zip(&self.before) {
             let mut list = list.clone();
             change(&mut list);
-            self.put(name, &list);
+            write_foreign(self.bed, name, &list.to_string());
             let version = list["cniVersion"].as_str().unwrap();
             self.bed
                 .until(&format!("{name} has it, with our plugin"), || {
@@ -53,39 +42,13 @@ impl<'a> Configured<'a> {
                 });
         }
     }
-
-    /// From within the node: its /etc is an overlay, which may not be changed from beneath.
-    fn put(&self, name: &str, list: &Value) {
-        let node = self.bed.cluster.node(name).unwrap();
-        let script = format!("cat > {FILE}.new && mv {FILE}.new {FILE}");
-        let mut command = self
-            .bed
-            .cluster
-            .command_on(&node, &["sh", "-ec", &script])
-            .unwrap();
-        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-        let mut input = child.stdin.take().unwrap();
-        input.write_all(list.to_string().as_bytes()).unwrap();
-        drop(input);
-        assert!(child.wait().unwrap().success());
-    }
 }
 
 impl Drop for Configured<'_> {
     fn drop(&mut self) {
+        self.bed.keep_if_failing();
         for (name, list) in NODES.iter().zip(&self.before) {
-            self.put(name, list);
-        }
-    }
-}
-
-/// Starts the kubelet of a node again, whatever has become of the test.
-struct KubeletAway<'a>(&'a Bed, culvert_cluster::Node);
-
-impl Drop for KubeletAway<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.0.cluster.start_service(&self.1, Service::Kubelet) {
-            eprintln!("{error:#}");
+            write_foreign(self.bed, name, &list.to_string());
         }
     }
 }
@@ -157,7 +120,7 @@ fn pods_start_are_served_and_end_under_every_version_of_the_configuration() {
                 "{given}"
             );
         }
-        let delete = ["delete", "pod", "--all", "--timeout=120s"];
+        let delete = ["delete", "pod", "--all", IN_TIME];
         bed.namespace.kubectl(&delete).unwrap();
         for (node, uid, addresses) in &pods {
             bed.until(&format!("{version}: {node} has let go of its pod"), || {
@@ -185,8 +148,7 @@ fn every_verb_works_by_hand_against_the_installed_chain() {
         .display()
         .to_string();
     // A pod of this node that no kubelet starts.
-    bed.cluster.stop_service(&node, Service::Kubelet).unwrap();
-    let away = KubeletAway(&bed, node.clone());
+    let kubelet = ServiceOff::begin(&bed, &node, Service::Kubelet);
     bed.apply(&[pod("hand", "node1", &["serve"])]);
     let uid = bed.pod("hand")["metadata"]["uid"].clone();
     let args = format!(
@@ -256,9 +218,16 @@ fn every_verb_works_by_hand_against_the_installed_chain() {
     bed.cluster
         .run_on(&node, &["ip", "netns", "delete", "by-hand"])
         .unwrap();
-    let delete = ["delete", "pod", "hand", "--grace-period=0", "--force"];
+    let delete = [
+        "delete",
+        "pod",
+        "hand",
+        "--grace-period=0",
+        "--force",
+        IN_TIME,
+    ];
     bed.namespace.kubectl(&delete).unwrap();
-    drop(away);
+    drop(kubelet);
     // The node works on.
     bed.start(&[pod("after", "node1", &["serve"])]);
     bed.wait_for_membership("after", true);
@@ -283,10 +252,11 @@ fn pods_with_ipv6_alone_are_served() {
     });
     let served = |name: &str, node: &str| {
         let mut pod = pod(name, node, &["serve"]);
-        let get = json!({"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1});
+        let get = json!({"httpGet": {"path": "/", "port": 8080}});
         let main = &mut pod["spec"]["containers"][0];
-        main["readinessProbe"] = get.clone();
-        main["livenessProbe"] = get;
+        main["startupProbe"] = at_the_start(get.clone());
+        main["readinessProbe"] = often(get.clone());
+        main["livenessProbe"] = often(get);
         pod
     };
     bed.start(&[

@@ -4,13 +4,18 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use culvert_cluster::{AGENT, Service};
+use culvert_cluster::{AGENT, IN_TIME, Service};
+use culvert_lab::Stop;
 use serde_json::json;
 
 use crate::alone;
-use crate::bed::{AMBIENT, Bed, redirection};
+use crate::bed::{AMBIENT, Bed, counted_once_each, redirection};
 use crate::capture::{Capture, seen_on};
-use crate::traffic::{Traffic, installed, of_agent, running_agents};
+use crate::guards::{ApiServerOff, OFF, OnEveryNode, PowerOff, Tokens};
+use crate::installation::{
+    foreign, installed, of_agent, running_agents, staying_agents, write_foreign,
+};
+use crate::traffic::Traffic;
 
 #[test]
 fn the_agent_is_killed() {
@@ -44,10 +49,10 @@ fn the_api_server_is_away_for_a_minute() {
     later.start_servers();
     let before = traffic.bed.counted("load", "hbone_out");
     let agents = running_agents(&traffic.bed);
-    traffic.bed.cluster.stop_api_server().unwrap();
+    let off = ApiServerOff::begin(&traffic.bed);
     // Longer than a watch waits before it is taken for dead, and than nodes may be silent.
     std::thread::sleep(Duration::from_secs(60));
-    traffic.bed.cluster.start_api_server().unwrap();
+    drop(off);
     // Ztunnel's counters began anew if it had been told to let go.
     assert!(traffic.bed.counted("load", "hbone_out") > before + 200);
     traffic.goes_on();
@@ -70,11 +75,11 @@ fn the_agents_token_is_worth_nothing_and_is_renewed() {
     let agents = running_agents(bed);
     // A token ends with the account that it was made for, and one of the same name is another. No token lives less than ten
     // minutes, so this is how one ends within a test.
-    of_agent(bed, &["delete", "serviceaccount", "culvert"]);
+    let _tokens = Tokens(bed);
+    of_agent(bed, &["delete", "serviceaccount", "culvert", IN_TIME]);
     of_agent(bed, &["create", "serviceaccount", "culvert"]);
     // Watches outlive the token that they began with, but not the server.
-    bed.cluster.stop_api_server().unwrap();
-    bed.cluster.start_api_server().unwrap();
+    drop(ApiServerOff::begin(bed));
     bed.until("both agents say that they are refused", || {
         let names = agents.keys().filter(|name| {
             let log = ["logs", "-n", AGENT.1, name, "--since=5m"];
@@ -120,27 +125,13 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
     let _alone = alone();
     let traffic = Traffic::start("rewritten");
     let bed = &traffic.bed;
-    let node = bed.cluster.node("node1").unwrap();
-    let file = node.dir().join("etc/cni/net.d/10-bridge.conflist");
-    let mut foreign: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-    let plugins = foreign["plugins"].as_array_mut().unwrap();
-    plugins.retain(|plugin| plugin["type"] != "culvert-cni");
+    let foreign = foreign(bed, "node1").to_string();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let at_the_end = Stop::at_the_end(&stop);
         let rewriting = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                // From within the node: its /etc is an overlay, which may not be changed from beneath.
-                let script = "cat > /etc/cni/net.d/.foreign && mv /etc/cni/net.d/.foreign /etc/cni/net.d/10-bridge.conflist";
-                let mut command = bed.cluster.command_on(&node, &["sh", "-c", script]).unwrap();
-                let mut child = command
-                    .stdin(std::process::Stdio::piped())
-                    .spawn()
-                    .unwrap();
-                let mut input = child.stdin.take().unwrap();
-                std::io::Write::write_all(&mut input, foreign.to_string().as_bytes()).unwrap();
-                drop(input);
-                child.wait().unwrap();
+                write_foreign(bed, "node1", &foreign);
                 std::thread::sleep(Duration::from_millis(100));
             }
         });
@@ -155,7 +146,7 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
             .wait_until("the event", crate::bed::LONG, &events, told);
         // Whatever gap it finds, a new pod is in the mesh soon.
         traffic.new_pods_start("meanwhile");
-        stop.store(true, Ordering::Relaxed);
+        drop(at_the_end);
         rewriting.join().unwrap();
         said.unwrap();
     });
@@ -165,6 +156,19 @@ fn another_party_rewrites_the_cni_configuration_in_a_loop() {
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
     traffic.new_pods_start("after");
     traffic.goes_on();
+}
+
+/// How often a pod could not start because the plugin has found no agent, as the kubelet tells it.
+fn refusals(bed: &Bed, pod: &str) -> usize {
+    let field = format!("--field-selector=involvedObject.name={pod},reason=FailedCreatePodSandBox");
+    let events = ["events", "-n", bed.name(), &field];
+    let events = bed.cluster.admin().get(&events).unwrap();
+    let events = events["items"].as_array().unwrap().iter();
+    let note = |event: &&serde_json::Value| {
+        let note = event["message"].as_str().unwrap_or_default();
+        note.contains("has to wait for culvert's agent")
+    };
+    events.filter(note).count()
 }
 
 #[test]
@@ -183,23 +187,37 @@ fn a_node_is_rebooted_and_its_kubelet_is_first() {
     bed.start(&[pod]);
     bed.wait_for_membership("b", true);
     let sandbox = |bed: &Bed| bed.pod("b")["status"]["containerStatuses"][0]["containerID"].clone();
+    assert_eq!(refusals(&bed, "b"), 0);
     let (before, carried) = (sandbox(&bed), bed.counted("a", "hbone_in"));
-    assert_eq!(carried, 1);
+    counted_once_each(carried, &[bed.tries("b", "send")]);
 
     let node = bed.cluster.node("node2").unwrap();
     // On the other node: this one's wires are new after it.
     let mut captures = Capture::start(bed.cluster, "reboot");
     captures.truncate(1);
-    bed.cluster.power_off(&node).unwrap();
-    let services = [Service::Kubelet, Service::KubeProxy];
-    bed.cluster.power_on(&node, &services).unwrap();
+    let agents = OnEveryNode(&bed);
+    let off = PowerOff::begin(&bed, &node);
+    // Its agent is held back until somebody has asked for it.
+    agents.label("node2", &format!("{OFF}=yes"));
+    agents.pass_over_labelled();
+    bed.until("no agent is to be on it", || {
+        staying_agents(&bed) == ["node1"]
+    });
+    drop(off);
+    bed.until("the plugin has kept the pod from starting", || {
+        refusals(&bed, "b") > 0
+    });
+    let agent = bed.cluster.run_on(&node, &["pgrep", "-x", "culvert"]);
+    assert!(agent.is_err(), "an agent runs: {agent:?}");
+    agents.label("node2", &format!("{OFF}-"));
     bed.until("the pod is back", || {
         let pod = bed.pod("b");
         sandbox(&bed) != before && pod["status"]["containerStatuses"][0]["ready"] == true
     });
     bed.wait_for_membership("b", true);
     assert_eq!(seen_on(captures, &["reboot-secret"]), [0]);
-    assert_eq!(bed.counted("a", "hbone_in"), 2);
+    let again = bed.tries("b", "send");
+    counted_once_each(bed.counted("a", "hbone_in") - carried, &[again]);
     assert_eq!(bed.counted("a", "inbound_accepts"), 0);
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
 }

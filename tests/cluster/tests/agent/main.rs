@@ -12,6 +12,8 @@ mod bed;
 mod capture;
 mod chain;
 mod disturbed;
+mod guards;
+mod installation;
 mod refused;
 mod removed;
 mod traffic;

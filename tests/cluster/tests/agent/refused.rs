@@ -1,13 +1,13 @@
 //! Agents that cannot work on a node: what is wrong, and what to do, stands where people look for it, and the node's
 //! network is as it was.
 
-use culvert_cluster::{AGENT, Mesh, Node, pod};
+use culvert_cluster::{AGENT, IN_TIME, Node, pod};
 use serde_json::{Value, json};
 
-use crate::alone;
 use crate::bed::Bed;
-use crate::traffic::{installed, of_agent};
+use crate::installation::{installed, of_agent};
 use crate::variant::{Variants, agent_pod, daemonset, second_agent};
+use crate::{alone, guards};
 
 const NODES: [&str; 2] = ["node1", "node2"];
 
@@ -16,17 +16,6 @@ const NO_BPF: &str = r#"{
     "defaultAction": "SCMP_ACT_ALLOW",
     "syscalls": [{"names": ["bpf"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
 }"#;
-
-/// Puts Culvert back, whatever has become of the test.
-struct Back<'a>(&'a Bed);
-
-impl Drop for Back<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = Mesh::install_again(self.0.cluster) {
-            eprintln!("{error:#}");
-        }
-    }
-}
 
 /// All that a network of pods is made from: configurations, plugins that they name, rules. Ours may lie among the plugins,
 /// where nothing runs it.
@@ -65,13 +54,38 @@ fn readyz(bed: &Bed, node: &str) -> String {
     bed.cluster.run_on(&node, &ask).unwrap_or_default()
 }
 
-/// Waits until an agent that goes on running says all that where its readiness is asked for, and its pod is seen not to be
-/// ready, with an event.
-fn not_ready(bed: &Bed, variants: &Variants<'_>, name: &str, node: &str, texts: &[&str]) {
+/// An agent that goes on running although it cannot work.
+struct Stuck<'a> {
+    name: &'a str,
+    node: &'a str,
+    /// The task that is not done, as its readiness has it.
+    task: &'a str,
+    /// What is wrong and what to do.
+    texts: &'a [&'a str],
+}
+
+/// Waits until an agent says what is wrong where its readiness is asked for, in its log, and, where it may write them, by
+/// an event about its pod; the pod is seen not to be ready.
+fn not_ready(bed: &Bed, variants: &Variants<'_>, stuck: &Stuck<'_>, may_write_events: bool) {
+    let Stuck { name, .. } = *stuck;
+    let all_in = |said: &str| stuck.texts.iter().all(|text| said.contains(text));
     bed.until(&format!("{name} says why it is not ready"), || {
-        let said = readyz(bed, node);
-        texts.iter().all(|text| said.contains(text))
+        let said = readyz(bed, stuck.node);
+        let waits = format!("WAIT  {}", stuck.task);
+        said.lines()
+            .any(|line| line.starts_with(&waits) && all_in(line))
     });
+    bed.until(&format!("{name} says so in its log"), || {
+        variants.log(name).lines().any(all_in)
+    });
+    if may_write_events {
+        bed.until(&format!("an event of {name}'s says so"), || {
+            let told = |(reason, note): &(String, String)| {
+                reason == "CulvertCniConfiguration" && all_in(note)
+            };
+            variants.events(name).iter().any(told)
+        });
+    }
     bed.until(&format!("{name}: an event tells of it"), || {
         let told = |(reason, note): &(String, String)| {
             reason == "Unhealthy" && note.contains("Readiness probe failed")
@@ -97,8 +111,8 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
     let role = ["clusterrole", "culvert"];
     let mut role = bed.cluster.admin().get(&role).unwrap();
     let nodes = bed.cluster.nodes();
-    let _back = Back(&bed);
-    of_agent(&bed, &["delete", "daemonset", AGENT.0]);
+    let _back = guards::Culvert(&bed);
+    of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     for node in NODES {
         bed.until(&format!("{node} is as before"), || !installed(&bed, node));
     }
@@ -175,36 +189,46 @@ fn an_agent_that_cannot_work_says_what_to_do_and_leaves_the_network_as_it_was() 
         };
         variants.events("no-directory").iter().any(told)
     });
-    not_ready(
-        &bed,
-        &variants,
-        "no-plugin",
-        "node1",
-        &["WAIT  cni-installed", "/bin/not-in-the-image"],
-    );
-    not_ready(
-        &bed,
-        &variants,
-        "no-network",
-        "node2",
-        &["WAIT  cni-installed", "hostPaths.cniConf"],
-    );
+    let no_plugin = Stuck {
+        name: "no-plugin",
+        node: "node1",
+        task: "cni-installed",
+        texts: &[
+            "/bin/not-in-the-image",
+            "name its place with --plugin-binary",
+        ],
+    };
+    let no_network = Stuck {
+        name: "no-network",
+        node: "node2",
+        task: "cni-installed",
+        texts: &["there is no CNI configuration yet", "hostPaths.cniConf"],
+    };
+    for stuck in [no_plugin, no_network] {
+        not_ready(&bed, &variants, &stuck, true);
+    }
     assert_eq!(look(), before);
 
     variants.delete(true);
     bed.cluster
-        .kubectl(&["delete", "clusterrole", "culvert"])
+        .kubectl(&["delete", "clusterrole", "culvert", IN_TIME])
         .unwrap();
     let pods = [agent_pod(&daemonset, "no-role", "node1")];
     let variants = Variants::start(&bed, &pods);
-    let texts = [
-        "WAIT  watch",
-        "namespaces is forbidden",
-        "the chart's ClusterRole lists what is needed",
-        "WAIT  cni-installed",
-        "list, watch namespaces",
-    ];
-    not_ready(&bed, &variants, "no-role", "node1", &texts);
+    let no_role = Stuck {
+        name: "no-role",
+        node: "node1",
+        task: "watch",
+        texts: &[
+            "namespaces is forbidden",
+            "the chart's ClusterRole lists what is needed",
+        ],
+    };
+    not_ready(&bed, &variants, &no_role, false);
+    bed.until("it says what it may not do", || {
+        let said = readyz(&bed, "node1");
+        said.contains("WAIT  cni-installed") && said.contains("list, watch namespaces")
+    });
     assert_eq!(look(), before);
     // Pods of the mesh start all the same, outside it, on both nodes.
     bed.start(&NODES.map(|node| pod(&format!("on-{node}"), node, &["serve"])));

@@ -1,10 +1,16 @@
 //! Culvert taken away: from a node, from the cluster, and pods too when that is asked for.
 
-use culvert_cluster::{AGENT, Mesh, pod};
+use culvert_cluster::{AGENT, IN_TIME, Mesh, pod};
 
-use crate::alone;
 use crate::bed::{AMBIENT, Bed, shell, talker};
-use crate::traffic::{Traffic, installed, of_agent};
+use crate::guards::{OFF, OnEveryNode};
+use crate::installation::{
+    configurations, foreign, installed, is_taken_away, of_agent, write_foreign,
+};
+use crate::traffic::Traffic;
+use crate::{alone, guards};
+
+const NODES: [&str; 2] = ["node1", "node2"];
 
 /// Pods of the mesh's namespace start outside the mesh where Culvert has been taken away.
 fn starts_outside(bed: &Bed, name: &str, node: &str) {
@@ -12,34 +18,44 @@ fn starts_outside(bed: &Bed, name: &str, node: &str) {
     assert!(bed.mesh.pod_stats(bed.name(), name).is_err(), "{name}");
 }
 
+/// Writes the configuration of a node in a way that no program of ours would, and waits until our entry is in it. Returns
+/// what there was without it.
+fn written_by_hand(bed: &Bed, node: &str) -> String {
+    let list = foreign(bed, node);
+    let (name, version) = (&list["name"], &list["cniVersion"]);
+    let plugins = serde_json::to_string_pretty(&list["plugins"]).unwrap();
+    let plugins = plugins.replace('\n', "\n\t ");
+    let text = format!(
+        "\n{{ \"plugins\" : {plugins} ,\n\n  \"name\": {name},\t\"culvert.test/unknown\": 1.0e1 , \"cniVersion\":{version}}} \n\n"
+    );
+    write_foreign(bed, node, &text);
+    bed.until(&format!("{node} has our entry again"), || {
+        installed(bed, node) && configurations(bed, node).contains("culvert.test/unknown")
+    });
+    // As the directory is without us: that file alone.
+    format!("10-bridge.conflist\n644\n{text}")
+}
+
 #[test]
 fn a_node_is_selected_no_longer() {
     let _alone = alone();
     let traffic = Traffic::start("deselected");
     let bed = &traffic.bed;
-    let node = |label: &str| {
-        let args = ["label", "node", "node2", "--overwrite", label];
-        bed.cluster.kubectl(&args).unwrap();
-    };
-    let select = |values: &str| {
-        let selector = format!(
-            r#"{{"spec":{{"template":{{"spec":{{"affinity":{{"nodeAffinity":{{"requiredDuringSchedulingIgnoredDuringExecution":
-            {{"nodeSelectorTerms":[{{"matchExpressions":[{values}]}}]}}}}}}}}}}}}}}"#
-        );
-        of_agent(bed, &["patch", "daemonset", AGENT.0, "-p", &selector]);
-    };
-    node("culvert.test/off=yes");
-    select(r#"{"key":"culvert.test/off","operator":"DoesNotExist"}"#);
-    bed.until("its plugin is gone", || !installed(bed, "node2"));
+    let before = written_by_hand(bed, "node2");
+    let agents = OnEveryNode(bed);
+    agents.label("node2", &format!("{OFF}=yes"));
+    agents.pass_over_labelled();
+    is_taken_away(bed, "node2", &before);
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
     assert!(installed(bed, "node1"));
     starts_outside(bed, "outside", "node2");
     // The pods that run there stay in.
     traffic.goes_on();
-    node("culvert.test/off-");
+    agents.label("node2", &format!("{OFF}-"));
+    // Not by the DaemonSet's status: its controller may not have looked at the node again.
+    bed.until("it has its plugin again", || installed(bed, "node2"));
     bed.mesh.wait_for_rollout(AGENT.0, AGENT.1).unwrap();
     bed.wait_for_membership("outside", true);
-    assert!(installed(bed, "node2"));
     traffic.new_pods_start("after");
     traffic.goes_on();
 }
@@ -49,25 +65,25 @@ fn its_daemonset_is_deleted_with_and_without_its_account() {
     let _alone = alone();
     let traffic = Traffic::start("deleted");
     let bed = &traffic.bed;
+    let before = NODES.map(|node| written_by_hand(bed, node));
+    let _back = guards::Culvert(bed);
     for round in ["alone", "with-account"] {
         if round == "alone" {
-            of_agent(bed, &["delete", "daemonset", AGENT.0]);
+            of_agent(bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
         } else {
             // The account goes first: the agent's token is worth nothing when it asks.
-            of_agent(bed, &["delete", "serviceaccount", "culvert"]);
+            of_agent(bed, &["delete", "serviceaccount", "culvert", IN_TIME]);
             bed.cluster
-                .kubectl(&["delete", "namespace", AGENT.1])
+                .kubectl(&["delete", "namespace", AGENT.1, IN_TIME])
                 .unwrap();
         }
-        for node in ["node1", "node2"] {
-            bed.until(&format!("the plugin of {node} is gone"), || {
-                !installed(bed, node)
-            });
+        for (node, before) in NODES.iter().zip(&before) {
+            is_taken_away(bed, node, before);
             starts_outside(bed, &format!("{round}-{node}"), node);
         }
         traffic.goes_on();
         Mesh::install_again(bed.cluster).unwrap();
-        for node in ["node1", "node2"] {
+        for node in NODES {
             assert!(installed(bed, node));
             bed.wait_for_membership(&format!("{round}-{node}"), true);
         }
@@ -89,10 +105,12 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
     bed.start(&[shell("leaver", "node1")]);
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
-    of_agent(&bed, &["delete", "daemonset", AGENT.0]);
+    let configured = NODES.map(|node| written_by_hand(&bed, node));
+    let _back = guards::Culvert(&bed);
+    of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     let nodes = bed.cluster.nodes();
-    for node in &nodes {
-        bed.until("its plugin is gone", || !installed(&bed, &node.name()));
+    for (node, before) in NODES.iter().zip(&configured) {
+        is_taken_away(&bed, node, before);
     }
     // Nobody tells ztunnel that this one has ended: it goes on holding sockets in its namespace.
     bed.cluster
@@ -103,6 +121,7 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
             "-n",
             bed.name(),
             "--grace-period=1",
+            IN_TIME,
         ])
         .unwrap();
     let culvert = Mesh::culvert().unwrap().display().to_string();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use culvert_cluster::{AGENT, POD, pod};
+use culvert_cluster::{POD, pod};
 use serde_json::{Value, json};
 
 use crate::bed::{AMBIENT, Bed, talker};
@@ -86,39 +86,4 @@ fn told_by_now(bed: &Bed, pod: &str, word: &str) -> u64 {
         told.is_some()
     });
     told.unwrap()
-}
-
-/// What the runtime of a node finds in its CNI configurations, all of them.
-pub(crate) fn configurations(bed: &Bed, node: &str) -> String {
-    let node = bed.cluster.node(node).unwrap();
-    let cat = ["sh", "-c", "cat /etc/cni/net.d/*"];
-    bed.cluster.run_on(&node, &cat).unwrap()
-}
-
-/// Whether plugin and configuration of a node are in place.
-pub(crate) fn installed(bed: &Bed, node: &str) -> bool {
-    let plugin = bed.cluster.node(node).unwrap();
-    let plugin = plugin.dir().join("opt/cni/bin/culvert-cni").exists();
-    let entry = configurations(bed, node).contains("culvert-cni");
-    assert!(plugin || !entry, "{node}: an entry without a plugin");
-    plugin && entry
-}
-
-/// Runs kubectl in the agent's namespace.
-pub(crate) fn of_agent(bed: &Bed, args: &[&str]) -> String {
-    let namespaced = [&["-n", AGENT.1][..], args].concat();
-    bed.cluster.kubectl(&namespaced).unwrap()
-}
-
-/// The agents' pods, with what runs in each: the same again if none was started anew.
-pub(crate) fn running_agents(bed: &Bed) -> BTreeMap<String, String> {
-    let pods = bed.cluster.admin().get(&["pods", "-n", AGENT.1]).unwrap();
-    let pods = pods["items"].as_array().unwrap().iter();
-    pods.filter(|pod| pod["metadata"]["ownerReferences"][0]["name"] == AGENT.0)
-        .map(|pod| {
-            let name = pod["metadata"]["name"].as_str().unwrap().to_owned();
-            let container = &pod["status"]["containerStatuses"][0]["containerID"];
-            (name, container.to_string())
-        })
-        .collect()
 }

@@ -29,12 +29,20 @@ impl Bed {
         let mesh = Mesh::install(cluster).unwrap();
         cluster.add_workload().unwrap();
         let turn = turns::shared();
+        mesh.put_right().unwrap();
         let namespace = cluster.namespace(name, labels).unwrap();
         Self {
             cluster,
             mesh,
             namespace,
             _turn: turn,
+        }
+    }
+
+    /// Writes down what is to be known about a failure, for what is about to put something back in one.
+    pub(crate) fn keep_if_failing(&self) {
+        if std::thread::panicking() {
+            self.namespace.keep();
         }
     }
 
@@ -98,12 +106,21 @@ impl Bed {
 
     /// The number behind a word in the last line of a pod's log that has it.
     pub(crate) fn told(&self, pod: &str, word: &str) -> Option<u64> {
-        let log = self.log(pod);
-        log.lines().rev().find_map(|line| {
-            let mut words = line.split_whitespace();
-            words.find(|one| *one == word)?;
-            words.next()?.parse().ok()
-        })
+        number_behind(word, &self.log(pod))
+    }
+
+    /// How often a container has tried until it was answered, which it has been: one that sends, or that keeps a
+    /// connection up.
+    pub(crate) fn tries(&self, pod: &str, container: &str) -> u64 {
+        let args = ["logs", pod, "-c", container, "--tail=-1"];
+        let mut tries = None;
+        // It may say so a moment after it has been answered.
+        self.until(&format!("{pod} says how often it has tried"), || {
+            let log = self.namespace.kubectl(&args).unwrap_or_default();
+            tries = number_behind("tries", &log);
+            tries.is_some()
+        });
+        tries.unwrap()
     }
 
     /// Waits until a connection that is kept up has carried more than it has by now.
@@ -161,6 +178,15 @@ impl Bed {
     }
 }
 
+/// The number behind a word in the last line that has it.
+fn number_behind(word: &str, log: &str) -> Option<u64> {
+    log.lines().rev().find_map(|line| {
+        let mut words = line.split_whitespace();
+        words.find(|one| *one == word)?;
+        words.next()?.parse().ok()
+    })
+}
+
 /// What the agent has written about a pod.
 pub(crate) fn redirection(pod: &Value) -> Option<String> {
     let text = pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str();
@@ -176,6 +202,30 @@ pub(crate) fn shell(name: &str, node: &str) -> Value {
         "command": ["sleep", "1000000"],
     });
     shell
+}
+
+/// A probe every second, whose answer may take its time: a busy machine is no application that fails.
+pub(crate) fn often(mut probe: Value) -> Value {
+    probe["periodSeconds"] = 1.into();
+    probe["timeoutSeconds"] = 20.into();
+    probe
+}
+
+/// The same at the start of a container, which may take a minute.
+pub(crate) fn at_the_start(probe: Value) -> Value {
+    let mut probe = often(probe);
+    probe["failureThreshold"] = 60.into();
+    probe
+}
+
+/// What was counted of clients that try again when they are not answered: each at least once, none more often than it has
+/// tried.
+pub(crate) fn counted_once_each(counted: u64, tries: &[u64]) {
+    let (least, most) = (u64::try_from(tries.len()).unwrap(), tries.iter().sum());
+    assert!(
+        (least..=most).contains(&counted),
+        "{counted} counted of as many tries as {tries:?}"
+    );
 }
 
 /// A pod that keeps one connection up.

@@ -8,6 +8,7 @@
 
 mod bed;
 mod capture;
+mod elsewhere;
 mod enrolment;
 mod privileges;
 mod probes;

@@ -4,10 +4,10 @@
 use culvert_cluster::{STRICT, pod};
 use serde_json::json;
 
-use crate::bed::{AMBIENT, Bed, PORT, shell};
+use crate::bed::{AMBIENT, Bed, PORT, at_the_start, often, shell};
 
-/// How often the kubelet has asked, by kind and result, as it says itself.
-fn asked(bed: &Bed, pod: &str, kind: &str, result: &str) -> u64 {
+/// How often the kubelet has asked a container, by kind and result, as it says itself.
+fn asked(bed: &Bed, pod: &str, container: &str, kind: &str, result: &str) -> u64 {
     let node = bed.pod(pod)["spec"]["nodeName"]
         .as_str()
         .unwrap()
@@ -17,6 +17,7 @@ fn asked(bed: &Bed, pod: &str, kind: &str, result: &str) -> u64 {
     let wanted = [
         format!("namespace=\"{}\"", bed.name()),
         format!("pod=\"{pod}\""),
+        format!("container=\"{container}\""),
         format!("probe_type=\"{kind}\""),
         format!("result=\"{result}\""),
     ];
@@ -35,14 +36,8 @@ fn probes_of_every_kind_pass_and_are_not_mesh_traffic() {
         pod["metadata"]["labels"][STRICT] = "yes".into();
         pod["spec"]["restartPolicy"] = "Always".into();
         let http = json!({"path": "/healthz", "port": PORT});
-        let often = |mut probe: serde_json::Value| {
-            probe["periodSeconds"] = 1.into();
-            // A busy machine is no answer that fails.
-            probe["timeoutSeconds"] = 20.into();
-            probe
-        };
         let main = &mut pod["spec"]["containers"][0];
-        main["startupProbe"] = often(json!({"httpGet": http, "failureThreshold": 60}));
+        main["startupProbe"] = at_the_start(json!({"httpGet": http}));
         main["readinessProbe"] = often(json!({"grpc": {"port": 9090}}));
         main["livenessProbe"] = often(json!({"tcpSocket": {"port": PORT}}));
         let command = ["cat", "/bin/busybox"];
@@ -50,6 +45,8 @@ fn probes_of_every_kind_pass_and_are_not_mesh_traffic() {
             "name": "exec",
             "image": culvert_cluster::BUSYBOX,
             "command": ["sleep", "1000000"],
+            // The other container serves what it is asked for, and may start later.
+            "startupProbe": at_the_start(json!({"httpGet": http})),
             "readinessProbe": often(json!({"exec": {"command": command}})),
             "livenessProbe": often(json!({"httpGet": http})),
         });
@@ -77,16 +74,19 @@ fn probes_of_every_kind_pass_and_are_not_mesh_traffic() {
     let refused = bed.counted("two", "refused");
     let plain = bed.counted("two", "inbound_accepts");
 
-    // Many more probes under that policy, of every kind.
+    // Many more probes under that policy, of every kind: by gRPC, to a port, by a command, by HTTP.
     for pod in ["one", "two"] {
-        assert!(asked(&bed, pod, "Startup", "successful") > 0);
-        for kind in ["Readiness", "Liveness"] {
-            let before = asked(&bed, pod, kind, "successful");
-            bed.until(&format!("{pod} was asked for its {kind} again"), || {
-                asked(&bed, pod, kind, "successful") >= before + 6
-            });
+        for container in ["main", "exec"] {
+            assert!(asked(&bed, pod, container, "Startup", "successful") > 0);
+            for kind in ["Readiness", "Liveness"] {
+                let asked = |result: &str| asked(&bed, pod, container, kind, result);
+                let before = asked("successful");
+                let what = format!("{container} of {pod} was asked for its {kind} again");
+                bed.until(&what, || asked("successful") >= before + 6);
+            }
+            let failed = asked(&bed, pod, container, "Liveness", "failed");
+            assert_eq!(failed, 0, "{container} of {pod}");
         }
-        assert_eq!(asked(&bed, pod, "Liveness", "failed"), 0, "{pod}");
     }
     let starts = bed.starts();
     for (container, start) in before {

@@ -1,7 +1,7 @@
 //! Agents beside the one of the DaemonSet, each changed in one respect that keeps it from working: pods made from the
 //! DaemonSet's template, and what they leave behind when they end.
 
-use culvert_cluster::AGENT;
+use culvert_cluster::{AGENT, IN_TIME};
 use serde_json::{Value, json};
 
 use crate::bed::Bed;
@@ -68,6 +68,7 @@ impl<'a> Variants<'a> {
             "--ignore-not-found",
             "--now",
             &wait,
+            IN_TIME,
         ];
         let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
         let deleted = self.bed.cluster.kubectl(&[&delete[..], &names].concat());
@@ -98,14 +99,18 @@ impl<'a> Variants<'a> {
             .collect()
     }
 
+    pub(crate) fn log(&self, name: &str) -> String {
+        let log = ["-n", AGENT.1, "logs", name, "--tail=-1"];
+        self.bed.cluster.kubectl(&log).unwrap()
+    }
+
     /// Waits until it has ended, and sees to it that whoever looks at it is told the same everywhere: by its last line of
     /// log, by its container's last state, by an event. Returns that text.
     pub(crate) fn ended(&self, name: &str) -> String {
         self.bed.until(&format!("{name} has ended"), || {
             self.pod(name)["status"]["phase"] == "Failed"
         });
-        let log = ["-n", AGENT.1, "logs", name];
-        let log = self.bed.cluster.kubectl(&log).unwrap();
+        let log = self.log(name);
         let said = log.lines().last().unwrap_or_default().to_owned();
         let why = said
             .strip_prefix("error: ")

@@ -15,16 +15,18 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// How often the clients say how far they are.
 const REPORT: Duration = Duration::from_millis(500);
 
-/// One connection, for ever. It is opened anew only until it has been open once.
+/// One connection, for ever. It is opened anew only until it has been open once; how many tries that took is said.
 pub(crate) async fn keep(to: SocketAddr) -> Result<()> {
+    let mut tries = 1;
     let mut stream = loop {
         match connect(to).await {
             Ok(stream) => break stream,
             Err(error) => println!("not yet: {error:#}"),
         }
+        tries += 1;
         sleep(PAUSE).await;
     };
-    println!("connected");
+    println!("connected, tries {tries}");
     let mut said = Instant::now();
     for number in 0_u64.. {
         echo(&mut stream, &format!("line {number}\n"))
@@ -60,16 +62,20 @@ pub(crate) async fn load(to: &[SocketAddr], pause: Duration) -> Result<()> {
     Ok(())
 }
 
-/// One line, until it has come back.
+/// One line, until it has come back; how many tries that took is said.
 pub(crate) async fn send(to: SocketAddr, line: &str) -> Result<()> {
     let line = format!("{line}\n");
-    loop {
+    for tries in 1_u64.. {
         match once(to, &line).await {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                println!("sent, tries {tries}");
+                break;
+            }
             Err(error) => println!("again: {error:#}"),
         }
         sleep(PAUSE).await;
     }
+    Ok(())
 }
 
 async fn once(to: SocketAddr, line: &str) -> Result<()> {
