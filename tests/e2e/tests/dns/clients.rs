@@ -64,6 +64,8 @@ struct Town {
     pod: Ns,
     outside: Ns,
     upstream: std::net::SocketAddr,
+    /// How many listeners its ztunnel has in the pod, at least.
+    listeners: usize,
 }
 
 /// A resolver that says the same of every name of `else.test`, something of its own of `mesh.test`, and much of
@@ -112,6 +114,18 @@ impl Town {
         pod: impl FnOnce(&Lab) -> Result<Ns>,
         resolvers: &[Family],
     ) -> Result<Self> {
+        // IPv6 may be off in the pod.
+        Self::served(name, pod, resolvers, "both", 4)
+    }
+
+    /// By a ztunnel that answers lookups there.
+    fn served(
+        name: &str,
+        pod: impl FnOnce(&Lab) -> Result<Ns>,
+        resolvers: &[Family],
+        dns_listen: &str,
+        listeners: usize,
+    ) -> Result<Self> {
         let lab = Lab::new(name)?;
         let outside = lab.outside()?;
         let listen = [outside.ip(Family::V4)?, outside.ip(Family::V6)?];
@@ -119,7 +133,8 @@ impl Town {
         let zds = Zds::start(&lab)?;
         let pod = pod(&lab)?;
         let upstream = outside.at(resolvers[0], 53)?;
-        let ztunnel = Ztunnel::start(&lab, &zds, &options(upstream))?;
+        let options = options(upstream).arg("--dns-listen").arg(dns_listen);
+        let ztunnel = Ztunnel::start(&lab, &zds, &options)?;
         let resolv_conf = lab.scratch().join("resolv.conf");
         let mut text = String::new();
         for family in resolvers {
@@ -134,6 +149,7 @@ impl Town {
             pod,
             outside,
             upstream,
+            listeners,
         };
         town.enrol()?;
         Ok(town)
@@ -141,8 +157,7 @@ impl Town {
 
     fn enrol(&self) -> Result<()> {
         self.mesh.enrol(&self.pod, &["--dns"])?;
-        // IPv6 may be off in the pod.
-        self.mesh.expect_listeners(&self.pod, 4)
+        self.mesh.expect_listeners(&self.pod, self.listeners)
     }
 
     /// A program in the pod that finds the pod's own `resolv.conf` where it looks for it.
@@ -245,6 +260,46 @@ fn dig_in_all_its_ways() {
 }
 
 #[test]
+fn a_ztunnel_without_a_listener_for_lookups_holds_none_up() {
+    for (listen, listeners, served) in [("none", 3, vec![]), ("ipv4", 4, vec![Family::V4])] {
+        let name = format!("dns-listen-{listen}");
+        let pod = |lab: &Lab| lab.pod("a");
+        let town = Town::served(&name, pod, &Family::BOTH, listen, listeners).unwrap();
+        for family in Family::BOTH {
+            let at = format!("@{}", town.outside.ip(family).unwrap());
+            let (wanted, kind) = match served.contains(&family) {
+                true => (BY_ZTUNNEL, "to_dns"),
+                false => (BY_OTHER, "dns_away"),
+            };
+            for (way, transport) in [("+notcp", "udp"), ("+tcp", "tcp")] {
+                let counted = || {
+                    let verdict = match family {
+                        Family::V4 => format!("{kind}_{transport}4"),
+                        Family::V6 => format!("{kind}_{transport}6"),
+                    };
+                    let through = town.mesh.stat(&town.pod, "outbound_accepts").unwrap();
+                    (town.mesh.counter(&town.pod, &verdict).unwrap(), through)
+                };
+                let before = counted();
+                let said = town.says("dig", &["+short", "+tries=1", way, &at, "mesh.test"]);
+                assert_eq!(
+                    said.unwrap().trim(),
+                    wanted.to_string(),
+                    "{listen} {way} {at}"
+                );
+                // What ztunnel has no listener of its own for is a connection like others: not past it either.
+                let through = u64::from(kind == "dns_away" && transport == "tcp");
+                assert_eq!(
+                    counted(),
+                    (before.0 + 1, before.1 + through),
+                    "{listen} {way} {at}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn no_lookup_fails_while_ztunnel_restarts() {
     let mut town = Town::open("dns-restart", |lab| lab.pod("a"), &[Family::V4]).unwrap();
     let running: Vec<(&str, Child)> = CLIENTS
@@ -340,5 +395,7 @@ fn only_the_resolvers_of_the_pods_own_resolv_conf() {
     assert_eq!(both(), [BY_ZTUNNEL, BY_OTHER].map(|ip| ip.to_string()));
     let tcp = town.says("dig", &["+short", "+tcp", &elsewhere, "mesh.test"]);
     assert_eq!(tcp.unwrap().trim(), BY_OTHER.to_string());
+    let counted = |verdict| town.mesh.counter(&town.pod, verdict).unwrap();
+    assert_eq!((counted("dns_left_udp6"), counted("dns_left_tcp6")), (1, 1));
     drop(living);
 }
