@@ -430,10 +430,11 @@ fn answer<const V6: bool>(ctx: *mut bpf_sock_addr, to_port: u16) -> i32 {
     1
 }
 
-/// A datagram that came, and whose sender is asked for; or a connected socket whose peer is.
+/// A datagram that came, and whose sender is asked for; or a connected socket whose peer is. The latter is asked of streams
+/// as well, and none of those was sent elsewhere by us.
 #[inline(always)]
 pub fn answered<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
-    if peer_port(ctx) != port::DNS {
+    if peer_port(ctx) != port::DNS || field!(bpf_sock_addr, ctx, protocol) != IPPROTO_UDP {
         return 1;
     }
     let from = peer::<V6>(ctx);

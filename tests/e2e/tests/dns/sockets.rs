@@ -126,6 +126,19 @@ fn lookups_over_tcp_are_answered_as_well() {
 }
 
 #[test]
+fn a_stream_to_ztunnels_own_port_keeps_its_peers_name() {
+    let stage = Stage::captured("dns-stream").unwrap();
+    for family in Family::BOTH {
+        // There is a resolver by now that answers would be named after.
+        ask(&stage.pod, stage.resolver(family), "mesh.test").unwrap();
+        let ztunnel = SocketAddr::new(family.loopback(), 15053);
+        let stream = connect(&stage.pod, ztunnel, culvert_e2e::LONG).unwrap();
+        let peer = stage.pod.run(|| stream.peer_addr().unwrap());
+        assert_eq!(peer, ztunnel);
+    }
+}
+
+#[test]
 fn other_ports_and_near_resolvers_are_left_alone() {
     let stage = Stage::captured("dns-left").unwrap();
     let pod = &stage.pod;
