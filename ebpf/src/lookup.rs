@@ -298,15 +298,19 @@ fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, sourc
 }
 
 /// Somebody else than ztunnel sends from its port what whoever asked a resolver would take for an answer, under that
-/// resolver's name: without us nobody could do that without a raw socket.
+/// resolver's name: without us nobody could do that without a raw socket. Where no lookup is captured nor ever was,
+/// nothing is taken for one.
 #[inline(always)]
 fn forges(ctx: *mut bpf_sock_addr, source: &Addr, to: &Addr) -> bool {
     if !dns::passes_for_an_answer(source, to) {
         return false;
     }
     let cookie = netns_cookie(ctx);
-    // SAFETY: the value is never read, only its presence.
-    if unsafe { maps::PODS.get(cookie) }.is_none() {
+    // SAFETY: entries are replaced whole; each field stands alone.
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return false;
+    };
+    if pod.flags & pod_flags::DNS == 0 && usual(cookie, to.is_v4()).is_none() {
         return false;
     }
     count(cookie, Verdict::Impostor);
