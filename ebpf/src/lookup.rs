@@ -34,6 +34,12 @@ const AF_INET6: u32 = 10;
 const TCP_ESTABLISHED: u32 = 1;
 const F_CREATE: u64 = 1;
 
+/// The device that the socket is bound to; 0 = none.
+#[inline(always)]
+fn device(sk: *mut bpf_sock) -> u32 {
+    field!(bpf_sock, sk, bound_dev_if)
+}
+
 #[inline(always)]
 fn connected(sk: *mut bpf_sock) -> bool {
     field!(bpf_sock, sk, state) == TCP_ESTABLISHED
@@ -85,8 +91,14 @@ impl LookupFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn bound_to_device(&self) -> bool {
-        field!(bpf_sock, self.sk, bound_dev_if) != 0
+    fn hears_nothing(&self) -> bool {
+        let device = device(self.sk);
+        device != 0 && {
+            let v4 = self.resolver.is_v4();
+            let connects_with_port = !self.keeps_peer && own_port(self.sk) != 0;
+            let bound = bound_to(self.sk, v4);
+            !dns::heard_by(device, self.pod, &bound, v4, connects_with_port)
+        }
     }
 
     #[inline(always)]
@@ -179,7 +191,7 @@ impl Captured<'_> {
     /// The pod's address that its lookups come from; unspecified where the routes choose.
     #[inline(always)]
     fn source(&self) -> Addr {
-        pods_source(self.pod, self.v4)
+        self.pod.lookup_source(self.v4)
     }
 
     /// The pod's usual resolver: the one it asked first, this one if it has asked none.
@@ -209,12 +221,6 @@ fn usual_key(cookie: u64, v4: bool) -> UsualKey {
 fn usual(cookie: u64, v4: bool) -> Option<Addr> {
     // SAFETY: written once, before anybody can find it.
     unsafe { maps::USUAL_RESOLVERS.get(usual_key(cookie, v4)) }.copied()
-}
-
-#[inline(always)]
-fn pods_source(pod: &Pod, v4: bool) -> Addr {
-    let [source4, source6] = &pod.lookup_sources;
-    if v4 { *source4 } else { *source6 }
 }
 
 /// The pod, if its lookups are captured.
@@ -392,8 +398,8 @@ pub fn sendmsg<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     1
 }
 
-/// Remembers whom a socket asks, and gives the query the source that tells its answer from others. False where there is
-/// no memory to remember it in.
+/// Remembers whom a socket asks, and gives the query the source that tells its answer from others, or that makes its device
+/// hear the answer. False where there is no memory to remember it in.
 #[inline(always)]
 fn remember<const V6: bool>(
     ctx: *mut bpf_sock_addr,
@@ -402,10 +408,15 @@ fn remember<const V6: bool>(
 ) -> bool {
     let usual = query.usual();
     let is_usual = usual == Some(query.resolver);
+    let mut answered_at = bound_to(sk, query.v4);
+    if device(sk) != 0 {
+        answered_at = query.source();
+        set_source::<V6>(ctx, &answered_at);
+    }
     let Some(asked) = asked(sk, !is_usual) else {
         return is_usual;
     };
-    let Some(reach) = Reach::of(&bound_to(sk, query.v4), &query.pod.answered_at) else {
+    let Some(reach) = Reach::of(&answered_at, &query.pod.answered_at) else {
         asked.only(&query.resolver);
         return true;
     };
