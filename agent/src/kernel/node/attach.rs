@@ -136,7 +136,7 @@ impl Node {
                     sys::link_detach(link.as_fd())
                         .map_err(|e| Error::system("detach program", name, e))?;
                 }
-                // Attached elsewhere, or not at all: the new link takes the old one's pin.
+                // Attached elsewhere, or not at all: the new link takes the old one's pin, in one step.
                 // What names an address must see it before others replace it.
                 let create = if names::DNS.iter().any(|(dns, _)| *dns == name) {
                     sys::link_create_first
@@ -152,7 +152,6 @@ impl Node {
                 let temporary = scratch.join(name);
                 let pinned = sys::obj_pin(link.as_fd(), &temporary)
                     .map_err(|e| Error::system("pin link", temporary.display(), e))
-                    .and_then(|()| pins::remove(&path))
                     .and_then(|()| pins::publish(&temporary, &path));
                 pins::remove(&scratch)?;
                 pinned?;
