@@ -8,6 +8,7 @@ mod cilium;
 mod counting;
 pub mod failed;
 mod installing;
+mod lookups;
 mod probes;
 mod requests;
 mod rights;
@@ -93,6 +94,8 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         .inc_by(u64::try_from(leftovers).unwrap_or(0));
     let _kubelet = probes::follow(&config, &node)?;
     programs.set_ready();
+    let lookups = lookups::show(Arc::clone(&node), readiness.task("lookups"));
+    tasks.spawn(until(end.clone(), lookups));
     let cluster = source.subscribe();
     tasks.spawn(until(end.clone(), {
         let source = Arc::clone(&source);

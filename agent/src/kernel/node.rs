@@ -49,8 +49,8 @@ pub struct Node {
     programs: Programs,
     /// Where the node's programs are attached, when this process attached them.
     cgroup: Option<File>,
-    /// Where the DNS programs go, as far as this process was told.
-    dns: dns::Place,
+    /// What is known of the DNS programs.
+    dns: dns::State,
 }
 
 // One node serves all threads of the agent; namespaces are entered by the thread that calls.
@@ -202,7 +202,7 @@ impl Node {
             maps,
             programs,
             cgroup: None,
-            dns: dns::Place::default(),
+            dns: dns::State::default(),
         }))
     }
 
@@ -258,10 +258,10 @@ impl Node {
             maps,
             programs,
             cgroup: cgroup.try_clone().ok(),
-            dns: dns::Place {
+            dns: dns::State::at(dns::Place {
                 root: Some(cgroup_path.clone()),
                 named: options.dns_cgroup.clone(),
-            },
+            }),
         };
         let mut config = node.config()?;
         let current = config.object_id == object::id();
@@ -346,8 +346,8 @@ impl Node {
         Ok(resolvers)
     }
 
-    /// Where the DNS programs go.
-    pub(super) fn dns_place(&self) -> &dns::Place {
+    /// What is known of the DNS programs.
+    pub(super) fn dns(&self) -> &dns::State {
         &self.dns
     }
 }

@@ -12,19 +12,22 @@ use serde_json::{Value, json};
 
 use crate::{BY_OTHER, BY_RESOLVER, BY_ZTUNNEL};
 
-const ANNOTATION: &str = "ambient.istio.io/dns-capture";
+pub(crate) const ANNOTATION: &str = "ambient.istio.io/dns-capture";
 /// Where node-local DNS caches listen.
 const NODE_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 20, 10);
 
-struct Stage {
-    node: Governed,
-    resolver: Resolver,
+pub(crate) struct Stage {
+    pub(crate) node: Governed,
+    pub(crate) resolver: Resolver,
     /// One that ztunnel never asks.
     other: Resolver,
 }
 
 impl Stage {
-    fn open(name: &str, change: impl FnOnce(AgentOptions) -> AgentOptions) -> Result<Self> {
+    pub(crate) fn open(
+        name: &str,
+        change: impl FnOnce(AgentOptions) -> AgentOptions,
+    ) -> Result<Self> {
         let mut node = Governed::unserved(name, change)?;
         let outside = node.lab.outside()?;
         let resolver = Resolver::start(&outside, outside.ip(Family::V4)?, BY_RESOLVER)?;
@@ -45,7 +48,7 @@ impl Stage {
         })
     }
 
-    fn pod(&self, name: &str, annotations: &Value, spec: &Value) -> Result<Ns> {
+    pub(crate) fn pod(&self, name: &str, annotations: &Value, spec: &Value) -> Result<Ns> {
         let pod = self.node.lab.pod(name)?;
         self.node
             .options
