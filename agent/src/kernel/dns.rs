@@ -132,7 +132,11 @@ pub(super) fn ensure(node: &Node) -> Result<()> {
     if node.dns().sound() && missing(node).next().is_none() {
         return Ok(());
     }
-    restore(node).map(drop)
+    restore(node).map(drop).map_err(|mut error| {
+        // The cgroup of pods may be on its way, and who keeps ours from running on his way out.
+        error.retryable = true;
+        error
+    })
 }
 
 /// Attaches those that are not where they belong, and says which. The caller holds the lock.

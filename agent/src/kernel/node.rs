@@ -110,6 +110,8 @@ pub struct LoadReport {
     pub programs: Vec<ProgramReport>,
     /// The programs for DNS over UDP and where they are; none until a pod has DNS capture on.
     pub dns: Option<dns::Attached>,
+    /// Why they cannot be used. No pod that is to have DNS capture can be attached then; all else works.
+    pub dns_problem: Option<String>,
 }
 
 fn open_maps(pins: &Pins) -> Result<Maps> {
@@ -272,6 +274,7 @@ impl Node {
             adopted,
             programs: Vec::new(),
             dns: None,
+            dns_problem: None,
         };
         // Before any pod can jump there.
         report.programs.push(node.place_steer(current)?);
@@ -281,12 +284,15 @@ impl Node {
                 .push(node.attach(name, kind, cgroup, current)?);
         }
         report.programs.push(node.check_enter()?);
-        report.dns = dns::reload(&node, current)?;
-        if !adopted {
-            report.programs.extend(dns::check(&node)?);
+        let dns = node.load_dns(current, adopted, &mut report);
+        if let Err(error) = &dns {
+            node.dns.failed(error);
+            tracing::warn!(%error, "lookups cannot be captured; everything else can");
+            report.dns_problem = Some(error.to_string());
         }
         let wanted = Config {
-            object_id: object::id(),
+            // Of those that could not be replaced the next load is to know.
+            object_id: dns.map_or(config.object_id, |()| object::id()),
             probe_source: options.probe_source.unwrap_or(config.probe_source),
             ..config
         };
@@ -295,6 +301,15 @@ impl Node {
             node.maps.config.set(&0, &config)?;
         }
         Ok((node, report))
+    }
+
+    /// The DNS programs: this build's in place of those that are attached, or whether this kernel takes them.
+    fn load_dns(&self, current: bool, adopted: bool, report: &mut LoadReport) -> Result<()> {
+        report.dns = dns::reload(self, current)?;
+        if !adopted {
+            report.programs.extend(dns::check(self)?);
+        }
+        Ok(())
     }
 
     /// The maps.
