@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use culvert_ebpf::{
-    abi::{INITIAL_ORDER, LISTENER_SLOTS, newest_first},
+    abi::{INITIAL_ORDER, LISTENER_SLOTS, newest_first, role},
     addr::Addr,
     decide::{self, ConnectFacts, SteerFacts, Verdict},
 };
@@ -22,6 +22,7 @@ struct Answers {
     on_virtual: bool,
     announced: bool,
     dns: bool,
+    resolver: bool,
     vouched: bool,
     bypass: bool,
 }
@@ -60,8 +61,12 @@ impl SteerFacts for Answers {
     fn announced(&self) -> bool {
         self.announced
     }
-    fn captures_dns(&self) -> bool {
+    fn dns_is_on(&self) -> bool {
         self.dns
+    }
+    fn captures_dns(&self) -> bool {
+        assert!(self.dns, "asked where nothing is captured");
+        self.resolver
     }
     fn vouched(&self) -> bool {
         self.vouched
@@ -108,18 +113,20 @@ impl Steer {
         self.f.on_lo || self.f.source_own && self.f.announced
     }
 
-    /// One that asks a resolver whose lookups are captured.
+    /// One that asks a resolver, in a pod whose lookups are captured.
     fn asks(&self) -> bool {
         let own_side_only = self.f.source_own && !self.f.destination_own;
         self.turned() && own_side_only && self.port == 53 && self.f.dns
     }
 }
 
-const STEER: [Row<Steer>; 12] = [
+const STEER: [Row<Steer>; 14] = [
     (|s| s.loopback, Verdict::PassLoopback),
     (|s| s.f.on_virtual && !s.f.destination_own, Verdict::Virtual),
-    (|s| s.asks() && s.v4, Verdict::DnsTcp4),
-    (|s| s.asks(), Verdict::DnsTcp6),
+    (|s| s.asks() && s.f.resolver && s.v4, Verdict::DnsTcp4),
+    (|s| s.asks() && s.f.resolver, Verdict::DnsTcp6),
+    (|s| s.asks() && s.v4, Verdict::DnsLeftTcp4),
+    (|s| s.asks(), Verdict::DnsLeftTcp6),
     (|s| s.turned() && !s.f.destination_own, Verdict::Outbound),
     (|s| !s.f.destination_own, Verdict::UnknownDestination),
     (|s| s.f.on_lo || s.f.source_own, Verdict::PassHome),
@@ -138,10 +145,10 @@ fn model<T>(table: &[Row<T>], case: &T) -> Option<Verdict> {
 }
 
 prop_compose! {
-    fn answers()(bits in any::<[bool; 12]>()) -> Answers {
-        let [ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, announced, dns, vouched, bypass] = bits;
+    fn answers()(bits in any::<[bool; 13]>()) -> Answers {
+        let [ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, announced, dns, resolver, vouched, bypass] = bits;
         Answers {
-            ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, announced, dns, vouched, bypass,
+            ztunnel, source_own, destination_own, excluded, refusing, bound, on_lo, on_virtual, announced, dns, resolver, vouched, bypass,
         }
     }
 }
@@ -200,6 +207,28 @@ proptest! {
             to_loopback || matches!(verdict, Verdict::Inbound | Verdict::Hbone | Verdict::Virtual | Verdict::UnknownDestination),
             "{:?}", verdict
         );
+    }
+
+    #[test]
+    fn a_syn_ends_at_a_listener_that_is_there_or_is_dropped(
+        dst in address(), port in port(), f in answers(), there in any::<[bool; role::COUNT as usize]>()
+    ) {
+        let first = decide::steer(&Addr::from(dst), port, &f);
+        let mut verdict = first;
+        let mut tried = Vec::new();
+        while let Some(role) = verdict.listener() && !there[role as usize] {
+            tried.push(role);
+            verdict = verdict.unheard();
+        }
+        // As often as the program tries.
+        prop_assert!(tried.len() <= 2, "{tried:?}");
+        prop_assert_eq!(tried.is_empty(), verdict == first);
+        // What was to be ztunnel's is never passed on without it.
+        let by_ztunnel = verdict.listener().is_some();
+        prop_assert!(first.listener().is_none() || by_ztunnel || verdict.drops(), "{:?} became {:?}", first, verdict);
+        // A lookup goes like any other connection where ztunnel answers none.
+        let lookup = matches!(first, Verdict::DnsTcp4 | Verdict::DnsTcp6);
+        prop_assert!(!lookup || by_ztunnel == (tried.is_empty() || there[role::OUTBOUND as usize]));
     }
 
     #[test]

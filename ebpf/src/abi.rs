@@ -261,7 +261,8 @@ pub struct Pod {
     /// Interfaces with a default route, in pods with several: a socket bound to one of these can answer
     /// whoever reached it by it. 0 ends the list.
     pub answering_ifindexes: [u32; MAX_ANSWERING],
-    /// The pod's address that captured lookups come from, one of each family; unspecified = left to the routes.
+    /// The address of [`Pod::lookup_ifindex`] that captured lookups come from, one of each family; unspecified = left to
+    /// the routes.
     pub lookup_sources: [Addr; 2],
     /// Own addresses at which answers from several resolvers are told apart; unspecified ends the list.
     pub answered_at: [Addr; MAX_ANSWERED_AT],
@@ -274,6 +275,29 @@ impl Pod {
     #[must_use]
     pub const fn leaves_alone(&self, destination: &Addr) -> bool {
         self.flags & pod_flags::IPV4_ONLY != 0 && !destination.is_v4()
+    }
+
+    /// The interface that lookups leave by: the only one, or the only one with a default route; 0 = which one is left to
+    /// the routes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn lookup_ifindex(&self) -> u32 {
+        let [first, second, ..] = self.answering_ifindexes;
+        if self.single_ifindex != 0 {
+            self.single_ifindex
+        } else if second == 0 {
+            first
+        } else {
+            0
+        }
+    }
+
+    /// The address that lookups of this family come from; unspecified where it is left to the routes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn lookup_source(&self, v4: bool) -> Addr {
+        let [source4, source6] = self.lookup_sources;
+        if v4 { source4 } else { source6 }
     }
 }
 

@@ -4,7 +4,7 @@
 //! programs answer them from maps, the tests from a plain model. Nothing here depends on the name of an
 //! interface, and only the pod whose facts are asked decides.
 
-use crate::abi::port;
+use crate::abi::{port, role};
 use crate::addr::Addr;
 
 /// What happened to one connection attempt; the index into [`Counters`](crate::abi::Counters).
@@ -76,11 +76,19 @@ pub enum Verdict {
     DnsZtunnel4 = 30,
     /// The same over IPv6.
     DnsZtunnel6 = 31,
+    /// steer: a lookup over TCP and IPv4 while ztunnel has no listener for lookups: to 15001 like all else.
+    DnsAwayTcp4 = 32,
+    /// The same over IPv6.
+    DnsAwayTcp6 = 33,
+    /// steer: a lookup over TCP and IPv4 whose resolver is not to be replaced: to 15001 like all else.
+    DnsLeftTcp4 = 34,
+    /// The same over IPv6.
+    DnsLeftTcp6 = 35,
 }
 
 impl Verdict {
     /// Every verdict, in the order of its number.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 36] = [
         Self::Captured,
         Self::Home,
         Self::Refused,
@@ -113,6 +121,10 @@ impl Verdict {
         Self::DnsLeft6,
         Self::DnsZtunnel4,
         Self::DnsZtunnel6,
+        Self::DnsAwayTcp4,
+        Self::DnsAwayTcp6,
+        Self::DnsLeftTcp4,
+        Self::DnsLeftTcp6,
     ];
 
     /// The name used in counters, events and metrics.
@@ -151,7 +163,52 @@ impl Verdict {
             Self::DnsLeft6 => "dns_left_udp6",
             Self::DnsZtunnel4 => "dns_ztunnel_udp4",
             Self::DnsZtunnel6 => "dns_ztunnel_udp6",
+            Self::DnsAwayTcp4 => "dns_away_tcp4",
+            Self::DnsAwayTcp6 => "dns_away_tcp6",
+            Self::DnsLeftTcp4 => "dns_left_tcp4",
+            Self::DnsLeftTcp6 => "dns_left_tcp6",
         }
+    }
+
+    /// Which of ztunnel's listeners takes the SYN, where one is to (`role::*`).
+    #[inline(always)]
+    #[must_use]
+    pub const fn listener(self) -> Option<u32> {
+        match self {
+            Self::Outbound
+            | Self::Virtual
+            | Self::DnsAwayTcp4
+            | Self::DnsAwayTcp6
+            | Self::DnsLeftTcp4
+            | Self::DnsLeftTcp6 => Some(role::OUTBOUND),
+            Self::DnsTcp4 => Some(role::DNS4),
+            Self::DnsTcp6 => Some(role::DNS6),
+            Self::Inbound => Some(role::INBOUND),
+            Self::Hbone => Some(role::HBONE),
+            _ => None,
+        }
+    }
+
+    /// What becomes of such a SYN when that listener is missing. Never past ztunnel; but a ztunnel may serve its pods and
+    /// have no proxy for lookups, and one over TCP is a connection like others then.
+    #[inline(always)]
+    pub const fn unheard(self) -> Self {
+        match self {
+            Self::DnsTcp4 => Self::DnsAwayTcp4,
+            Self::DnsTcp6 => Self::DnsAwayTcp6,
+            Self::Inbound | Self::Hbone => Self::NoInboundListener,
+            _ => Self::NoOutboundListener,
+        }
+    }
+
+    /// The SYN is dropped.
+    #[inline(always)]
+    #[must_use]
+    pub const fn drops(self) -> bool {
+        matches!(
+            self,
+            Self::NoOutboundListener | Self::NoInboundListener | Self::UnknownDestination
+        )
     }
 
     /// Which of the pod's directions it concerns.
@@ -174,7 +231,11 @@ impl Verdict {
             | Self::DnsLeft4
             | Self::DnsLeft6
             | Self::DnsZtunnel4
-            | Self::DnsZtunnel6 => "outbound",
+            | Self::DnsZtunnel6
+            | Self::DnsAwayTcp4
+            | Self::DnsAwayTcp6
+            | Self::DnsLeftTcp4
+            | Self::DnsLeftTcp6 => "outbound",
             Self::Delivery
             | Self::Hbone
             | Self::PassVouched
@@ -245,7 +306,9 @@ pub trait SteerFacts {
     fn announced(&self) -> bool;
     /// It came in by one of the pod's virtual interfaces.
     fn on_virtual_interface(&self) -> bool;
-    /// DNS capture is on for this destination.
+    /// DNS capture is on.
+    fn dns_is_on(&self) -> bool;
+    /// It is for this destination, too.
     fn captures_dns(&self) -> bool;
     /// The node vouched for this connection.
     fn vouched(&self) -> bool;
@@ -273,11 +336,14 @@ pub fn steer(dst: &Addr, dst_port: u16, facts: &impl SteerFacts) -> Verdict {
         if !turned {
             return Verdict::UnknownDestination;
         }
-        let dns = dst_port == port::DOMAIN && facts.captures_dns() && facts.source_is_own();
-        return match (dns, dst.is_v4()) {
+        if dst_port != port::DOMAIN || !facts.dns_is_on() || !facts.source_is_own() {
+            return Verdict::Outbound;
+        }
+        return match (facts.captures_dns(), dst.is_v4()) {
             (true, true) => Verdict::DnsTcp4,
             (true, false) => Verdict::DnsTcp6,
-            (false, _) => Verdict::Outbound,
+            (false, true) => Verdict::DnsLeftTcp4,
+            (false, false) => Verdict::DnsLeftTcp6,
         };
     }
     if facts.on_loopback_device() || facts.source_is_own() {

@@ -8,7 +8,7 @@
 //!
 //! Pure functions; `lookup.rs` reads the context and the maps for them.
 
-use crate::abi::{ASKED_SLOTS, Asked, MAX_ANSWERED_AT};
+use crate::abi::{ASKED_SLOTS, Asked, MAX_ANSWERED_AT, Pod};
 use crate::addr::Addr;
 use crate::decide::Verdict;
 
@@ -55,8 +55,8 @@ pub trait LookupFacts {
     fn loses_its_link(&self) -> bool;
     /// The pod is a resolver itself, and asks itself.
     fn resolver_is_own(&self) -> bool;
-    /// The socket is bound to a device: it cannot reach ztunnel, which listens on loopback.
-    fn bound_to_device(&self) -> bool;
+    /// The socket is bound to a device, and by that no answer of ztunnel's would reach it.
+    fn hears_nothing(&self) -> bool;
     /// The resolver's port or network is excluded.
     fn resolver_is_excluded(&self) -> bool;
     /// Capture is on for this resolver.
@@ -74,7 +74,7 @@ pub fn lookup(resolver: &Addr, facts: &impl LookupFacts) -> Lookup {
     let near = resolver.is_loopback() || resolver.is_unspecified() || resolver.is_multicast();
     if near
         || facts.serves()
-        || facts.bound_to_device()
+        || facts.hears_nothing()
         || facts.has_another_peer()
         || facts.loses_its_link()
         || !facts.captures()
@@ -119,6 +119,19 @@ pub fn listed(own: &[Addr; MAX_ANSWERED_AT], addr: &Addr) -> Option<bool> {
         }
     }
     None
+}
+
+/// Would an answer of ztunnel's reach a socket that is bound to this device? The kernel delivers it by `lo`, and says that
+/// it came by the interface that has the address it is for. So the lookup has to come from an address of the device's;
+/// which one a socket that has none yet is given, unless it has a port and connects: then the routes give it a loopback
+/// address, whatever we do.
+#[inline(always)]
+#[must_use]
+pub fn heard_by(device: u32, pod: &Pod, bound: &Addr, v4: bool, connects_with_port: bool) -> bool {
+    let source = pod.lookup_source(v4);
+    device == pod.lookup_ifindex()
+        && !source.is_unspecified()
+        && (*bound == source || bound.is_unspecified() && !connects_with_port)
 }
 
 /// Would a datagram from ztunnel's port, with this source and destination, pass for an answer of ztunnel's? An unspecified

@@ -4,6 +4,7 @@ use core::net::IpAddr;
 use std::{string::ToString as _, vec, vec::Vec};
 
 use super::*;
+use crate::abi::{MAX_ANSWERING, MAX_VIRTUAL};
 
 extern crate std;
 
@@ -11,7 +12,7 @@ extern crate std;
 struct Answers {
     ztunnel: bool,
     serves: bool,
-    bound: bool,
+    deaf: bool,
     peer: bool,
     link: bool,
     own: bool,
@@ -27,8 +28,8 @@ impl LookupFacts for Answers {
     fn serves(&self) -> bool {
         self.serves
     }
-    fn bound_to_device(&self) -> bool {
-        self.bound
+    fn hears_nothing(&self) -> bool {
+        self.deaf
     }
     fn has_another_peer(&self) -> bool {
         self.peer
@@ -64,7 +65,7 @@ fn all() -> Vec<Answers> {
             excluded: n & 8 != 0,
             off: n & 16 != 0,
             away: n & 32 != 0,
-            bound: n & 64 != 0,
+            deaf: n & 64 != 0,
             peer: n & 128 != 0,
             link: n & 256 != 0,
         })
@@ -92,7 +93,7 @@ fn the_table_in_all_its_cases() {
             ("240.0.0.1", false),
         ] {
             let left =
-                near || f.serves || f.bound || f.peer || f.link || f.own || f.excluded || f.off;
+                near || f.serves || f.deaf || f.peer || f.link || f.own || f.excluded || f.off;
             let wanted = match (f.ztunnel, left, f.away) {
                 (true, _, _) => Lookup::Ztunnel,
                 (false, true, _) => Lookup::Left,
@@ -234,6 +235,60 @@ fn what_only_ztunnel_may_send_from_its_port() {
     ] {
         let forged = passes_for_an_answer(&addr(source), &addr(to));
         assert_eq!(forged, wanted, "{source} to {to}");
+    }
+}
+
+#[test]
+fn a_device_hears_what_is_for_its_own_address() {
+    let pod = |single_ifindex, answering: &[u32]| {
+        let mut pod = Pod {
+            flags: 0,
+            single_ifindex,
+            hold: 0,
+            virtual_ifindexes: [0; MAX_VIRTUAL],
+            answering_ifindexes: [0; MAX_ANSWERING],
+            lookup_sources: [addr("10.0.0.5"), addr("::")],
+            answered_at: [Addr::UNSPECIFIED; MAX_ANSWERED_AT],
+        };
+        pod.answering_ifindexes[..answering.len()].copy_from_slice(answering);
+        pod
+    };
+    let one = pod(2, &[]);
+    let any = addr("0.0.0.0");
+    let own = addr("10.0.0.5");
+    for (device, bound, connects_with_port, wanted) in [
+        (2, any, false, true),
+        (2, own, false, true),
+        (2, own, true, true),
+        // It will have 127.0.0.1.
+        (2, any, true, false),
+        // An address that may be another interface's.
+        (2, addr("10.0.0.6"), false, false),
+        (3, any, false, false),
+        (3, own, false, false),
+    ] {
+        assert_eq!(
+            heard_by(device, &one, &bound, true, connects_with_port),
+            wanted,
+            "{device} {connects_with_port}"
+        );
+    }
+    // A family of which the pod has no address.
+    assert!(!heard_by(2, &one, &addr("::"), false, false));
+    // Of several interfaces the one with the only default route.
+    for (pod, interface) in [
+        (pod(2, &[2]), 2),
+        (pod(0, &[3]), 3),
+        (pod(0, &[2, 3]), 0),
+        (pod(0, &[]), 0),
+    ] {
+        assert_eq!(pod.lookup_ifindex(), interface);
+        for device in 1..5 {
+            assert_eq!(
+                heard_by(device, &pod, &any, true, false),
+                device == interface
+            );
+        }
     }
 }
 

@@ -34,6 +34,12 @@ const AF_INET6: u32 = 10;
 const TCP_ESTABLISHED: u32 = 1;
 const F_CREATE: u64 = 1;
 
+/// The device that the socket is bound to; 0 = none.
+#[inline(always)]
+fn device(sk: *mut bpf_sock) -> u32 {
+    field!(bpf_sock, sk, bound_dev_if)
+}
+
 #[inline(always)]
 fn connected(sk: *mut bpf_sock) -> bool {
     field!(bpf_sock, sk, state) == TCP_ESTABLISHED
@@ -85,8 +91,14 @@ impl LookupFacts for Facts<'_> {
     }
 
     #[inline(always)]
-    fn bound_to_device(&self) -> bool {
-        field!(bpf_sock, self.sk, bound_dev_if) != 0
+    fn hears_nothing(&self) -> bool {
+        let device = device(self.sk);
+        device != 0 && {
+            let v4 = self.resolver.is_v4();
+            let connects_with_port = !self.keeps_peer && own_port(self.sk) != 0;
+            let bound = bound_to(self.sk, v4);
+            !dns::heard_by(device, self.pod, &bound, v4, connects_with_port)
+        }
     }
 
     #[inline(always)]
@@ -179,7 +191,7 @@ impl Captured<'_> {
     /// The pod's address that its lookups come from; unspecified where the routes choose.
     #[inline(always)]
     fn source(&self) -> Addr {
-        pods_source(self.pod, self.v4)
+        self.pod.lookup_source(self.v4)
     }
 
     /// The pod's usual resolver: the one it asked first, this one if it has asked none.
@@ -209,12 +221,6 @@ fn usual_key(cookie: u64, v4: bool) -> UsualKey {
 fn usual(cookie: u64, v4: bool) -> Option<Addr> {
     // SAFETY: written once, before anybody can find it.
     unsafe { maps::USUAL_RESOLVERS.get(usual_key(cookie, v4)) }.copied()
-}
-
-#[inline(always)]
-fn pods_source(pod: &Pod, v4: bool) -> Addr {
-    let [source4, source6] = &pod.lookup_sources;
-    if v4 { *source4 } else { *source6 }
 }
 
 /// The pod, if its lookups are captured.
@@ -298,15 +304,19 @@ fn keep_source<const V6: bool>(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock, sourc
 }
 
 /// Somebody else than ztunnel sends from its port what whoever asked a resolver would take for an answer, under that
-/// resolver's name: without us nobody could do that without a raw socket.
+/// resolver's name: without us nobody could do that without a raw socket. Where no lookup is captured nor ever was,
+/// nothing is taken for one.
 #[inline(always)]
 fn forges(ctx: *mut bpf_sock_addr, source: &Addr, to: &Addr) -> bool {
     if !dns::passes_for_an_answer(source, to) {
         return false;
     }
     let cookie = netns_cookie(ctx);
-    // SAFETY: the value is never read, only its presence.
-    if unsafe { maps::PODS.get(cookie) }.is_none() {
+    // SAFETY: entries are replaced whole; each field stands alone.
+    let Some(pod) = (unsafe { maps::PODS.get(cookie) }) else {
+        return false;
+    };
+    if pod.flags & pod_flags::DNS == 0 && usual(cookie, to.is_v4()).is_none() {
         return false;
     }
     count(cookie, Verdict::Impostor);
@@ -388,8 +398,8 @@ pub fn sendmsg<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
     1
 }
 
-/// Remembers whom a socket asks, and gives the query the source that tells its answer from others. False where there is
-/// no memory to remember it in.
+/// Remembers whom a socket asks, and gives the query the source that tells its answer from others, or that makes its device
+/// hear the answer. False where there is no memory to remember it in.
 #[inline(always)]
 fn remember<const V6: bool>(
     ctx: *mut bpf_sock_addr,
@@ -398,10 +408,15 @@ fn remember<const V6: bool>(
 ) -> bool {
     let usual = query.usual();
     let is_usual = usual == Some(query.resolver);
+    let mut answered_at = bound_to(sk, query.v4);
+    if device(sk) != 0 {
+        answered_at = query.source();
+        set_source::<V6>(ctx, &answered_at);
+    }
     let Some(asked) = asked(sk, !is_usual) else {
         return is_usual;
     };
-    let Some(reach) = Reach::of(&bound_to(sk, query.v4), &query.pod.answered_at) else {
+    let Some(reach) = Reach::of(&answered_at, &query.pod.answered_at) else {
         asked.only(&query.resolver);
         return true;
     };
@@ -430,10 +445,11 @@ fn answer<const V6: bool>(ctx: *mut bpf_sock_addr, to_port: u16) -> i32 {
     1
 }
 
-/// A datagram that came, and whose sender is asked for; or a connected socket whose peer is.
+/// A datagram that came, and whose sender is asked for; or a connected socket whose peer is. The latter is asked of streams
+/// as well, and none of those was sent elsewhere by us.
 #[inline(always)]
 pub fn answered<const V6: bool>(ctx: *mut bpf_sock_addr) -> i32 {
-    if peer_port(ctx) != port::DNS {
+    if peer_port(ctx) != port::DNS || field!(bpf_sock_addr, ctx, protocol) != IPPROTO_UDP {
         return 1;
     }
     let from = peer::<V6>(ctx);

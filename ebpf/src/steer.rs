@@ -11,7 +11,7 @@ use aya_ebpf::{
 use culvert_ebpf::{
     abi::{
         FourTuple, INITIAL_ORDER, LISTENER_SLOTS, LOOPBACK_IFINDEX, ListenerKey, MAX_ANSWERING,
-        MAX_VIRTUAL, Pod, RoleKey, pod_flags, role,
+        MAX_VIRTUAL, Pod, RoleKey, pod_flags,
     },
     decide::{self, SteerFacts, Verdict},
 };
@@ -94,6 +94,11 @@ impl SteerFacts for Facts<'_> {
     }
 
     #[inline(always)]
+    fn dns_is_on(&self) -> bool {
+        self.pod.flags & pod_flags::DNS != 0
+    }
+
+    #[inline(always)]
     fn captures_dns(&self) -> bool {
         captures_dns(self.cookie, self.pod, self.tuple.dst)
     }
@@ -142,34 +147,25 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         tuple: &tuple,
         ifindex,
     };
-    let verdict = decide::steer(&tuple.dst, tuple.dst_port, &facts);
-    let (role, missing) = match verdict {
-        Verdict::Outbound | Verdict::Virtual => (role::OUTBOUND, Verdict::NoOutboundListener),
-        Verdict::DnsTcp4 => (role::DNS4, Verdict::NoOutboundListener),
-        Verdict::DnsTcp6 => (role::DNS6, Verdict::NoOutboundListener),
-        Verdict::Inbound => (role::INBOUND, Verdict::NoInboundListener),
-        Verdict::Hbone => (role::HBONE, Verdict::NoInboundListener),
-        Verdict::UnknownDestination => {
-            decided(cookie, verdict, &tuple, ifindex);
-            return DROP;
+    let mut verdict = decide::steer(&tuple.dst, tuple.dst_port, &facts);
+    // The second time is for a lookup without a listener of its own.
+    for _ in 0..2 {
+        let Some(role) = verdict.listener() else {
+            break;
+        };
+        if assign(ctx, cookie, role) {
+            break;
         }
-        _ => {
-            decided(cookie, verdict, &tuple, ifindex);
-            return PASS;
-        }
-    };
-    if !assign(ctx, cookie, role) {
-        decided(cookie, missing, &tuple, ifindex);
-        return DROP;
+        verdict = verdict.unheard();
     }
     if pod.flags & pod_flags::MULTI_INTERFACE != 0
-        && (role == role::INBOUND || role == role::HBONE)
+        && matches!(verdict, Verdict::Inbound | Verdict::Hbone)
         && answers_by(pod, ifindex)
     {
         let _ = maps::INGRESS.insert(tuple, ifindex, 0);
     }
     decided(cookie, verdict, &tuple, ifindex);
-    PASS
+    if verdict.drops() { DROP } else { PASS }
 }
 
 /// Can a socket bound to this interface answer? With asymmetric routes it could not, and is left unbound.

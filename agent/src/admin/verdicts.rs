@@ -51,11 +51,20 @@ impl VerdictLabel {
 #[derive(Default)]
 pub(super) struct Verdicts(Mutex<State>);
 
-#[derive(Default)]
 struct State {
     source: Option<VerdictSource>,
     living: HashMap<u64, Counts>,
     gone: Counts,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            source: None,
+            living: HashMap::new(),
+            gone: [0; Verdict::ALL.len()],
+        }
+    }
 }
 
 impl fmt::Debug for Verdicts {
@@ -130,7 +139,7 @@ mod tests {
     use super::*;
 
     fn counts(captured: u64) -> Counts {
-        let mut counts = Counts::default();
+        let mut counts = [0; culvert_ebpf::decide::Verdict::ALL.len()];
         counts[Verdict::Captured as usize] = captured;
         counts
     }

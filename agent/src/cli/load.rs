@@ -52,6 +52,9 @@ pub(crate) fn load(global: &Global) -> anyhow::Result<ExitCode> {
                 dns.push_str(&format!("  {other} runs before them\n"));
             }
         }
+        if let Some(problem) = &report.dns_problem {
+            dns.push_str(&format!("lookups CANNOT BE CAPTURED: {problem}\n"));
+        }
         format!(
             "{}\npinned at {}, attached to {}, ABI version {}{}\n{dns}",
             columns(&rows),

@@ -10,6 +10,7 @@ pub mod failed;
 mod headroom;
 mod installing;
 mod lock;
+mod lookups;
 mod probes;
 mod requests;
 mod rights;
@@ -102,6 +103,8 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         tasks.keep_until_end("kubelet", follower.ended());
     }
     programs.set_ready();
+    let lookups = lookups::show(Arc::clone(&node), readiness.task("lookups"));
+    tasks.keep_until_end("lookups", lookups);
     let cluster = source.subscribe();
     tasks.keep_until_end("watch", {
         let source = Arc::clone(&source);

@@ -79,6 +79,13 @@ pub fn open(path: &Path, named: bool) -> Result<File> {
     Ok(dir)
 }
 
+/// What the kernel calls a cgroup: on 64-bit kernels its inode.
+pub(super) fn id(dir: &File) -> Result<u64> {
+    dir.metadata()
+        .map(|m| m.ino())
+        .map_err(|e| Error::system("examine", "the cgroup", e))
+}
+
 /// A cgroup that a kubelet keeps its pods in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Kubepods {

@@ -5,30 +5,27 @@
 //! we see it. They come with the first pod that has DNS capture on and stay until `unload`: sockets that were redirected
 //! need them to name their resolver. What they decide is none of this file's business.
 
+mod place;
+
 use std::{
+    collections::BTreeSet,
     fs::File,
     os::fd::AsFd,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use culvert_ebpf::abi::{pod_flags, programs};
 use serde::Serialize;
 
 use super::{
-    cgroup::{self, Kubepods},
+    cgroup,
     error::{Error, Result},
-    node::{Node, ProgramReport},
+    node::{Node, ProgramAction, ProgramReport},
     sys,
 };
-
-/// What a process was told about the place.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Place {
-    /// Root of the hierarchy that the node's other programs are attached to.
-    pub(super) root: Option<PathBuf>,
-    /// The cgroup itself.
-    pub(super) named: Option<PathBuf>,
-}
+pub use place::Found;
+pub(super) use place::Place;
 
 /// The programs as they are attached.
 #[derive(Clone, Debug, Serialize)]
@@ -43,20 +40,6 @@ pub struct Attached {
     pub programs: Vec<ProgramReport>,
 }
 
-/// How the cgroup was found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Found {
-    /// It was named.
-    Named,
-    /// It is the one of all pods.
-    Kubepods,
-    /// No cgroup of pods has a process in it: pods' processes are at the root, as on hybrid hosts.
-    Root,
-    /// Several kubelets run pods here, and none of them runs this process: the root holds them all.
-    RootOfSeveral,
-}
-
 /// The programs as they are now, for `netns show`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hooks {
@@ -68,20 +51,106 @@ pub struct Hooks {
     pub problems: Vec<String>,
 }
 
-/// Attaches the programs if none are. The caller holds the lock.
+/// What a process knows of the programs that the kernel does not tell.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Where they go, as far as this process was told.
+    pub(super) place: Place,
+    seen: Mutex<Seen>,
+}
+
+/// How they were when they were looked at last.
+#[derive(Debug, Default)]
+struct Seen {
+    /// They were in their place, and run.
+    sound: bool,
+    ahead: Vec<String>,
+    problems: Vec<String>,
+    /// Why the last attempt to attach them failed.
+    failure: Option<String>,
+}
+
+impl State {
+    pub(super) fn at(place: Place) -> Self {
+        Self {
+            place,
+            seen: Mutex::default(),
+        }
+    }
+
+    /// Says what is new about those that run before ours.
+    fn note(&self, ahead: &[String], problems: &[String]) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        for other in ahead.iter().filter(|other| !seen.ahead.contains(other)) {
+            tracing::warn!("{}", warning(other));
+        }
+        if ahead.is_empty() && problems.is_empty() && !seen.ahead.is_empty() {
+            tracing::info!("nobody runs before the DNS programs any more");
+        }
+        *seen = Seen {
+            sound: problems.is_empty(),
+            ahead: ahead.to_vec(),
+            problems: problems.to_vec(),
+            failure: seen.failure.take().filter(|_| !problems.is_empty()),
+        };
+    }
+
+    /// They could not be loaded or attached.
+    pub(super) fn failed(&self, error: &Error) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.sound = false;
+        seen.failure = Some(error.to_string());
+    }
+
+    fn sound(&self) -> bool {
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .sound
+    }
+}
+
+fn warning(other: &str) -> String {
+    format!(
+        "{other} runs before Culvert's DNS programs and may have replaced a resolver's address: answers can then seem to \
+         come from a stranger; give pods a cgroup of their own on cgroup v2, or name it with --dns-cgroup"
+    )
+}
+
+/// What deserves attention, as it was when somebody looked last; mostly nothing.
+#[must_use]
+pub fn attention(node: &Node) -> Vec<String> {
+    let seen = node.dns().seen.lock();
+    let seen = seen.unwrap_or_else(PoisonError::into_inner);
+    let ahead = seen.ahead.iter().map(|other| warning(other));
+    let wrong = seen.failure.iter().chain(&seen.problems);
+    wrong.cloned().chain(ahead).collect()
+}
+
+/// Sees that the programs are attached, for a pod that wants them. The caller holds the lock.
 pub(super) fn ensure(node: &Node) -> Result<()> {
-    if missing(node).next().is_none() {
+    if node.dns().sound() && missing(node).next().is_none() {
         return Ok(());
     }
+    restore(node).map(drop).map_err(|mut error| {
+        // The cgroup of pods may be on its way, and who keeps ours from running on his way out.
+        error.retryable = true;
+        error
+    })
+}
+
+/// Attaches those that are not where they belong, and says which. The caller holds the lock.
+pub(super) fn restore(node: &Node) -> Result<Vec<&'static str>> {
     let attached = attach(node, true)?;
-    tracing::info!(cgroup = %attached.cgroup.display(), found = ?attached.found, "DNS programs attached");
-    for other in attached.ahead {
-        tracing::warn!(
-            "{other} runs before Culvert's DNS programs and may have replaced a resolver's address: answers can then seem \
-             to come from a stranger; give pods a cgroup of their own on cgroup v2, or name it with --dns-cgroup"
-        );
+    let moved = attached
+        .programs
+        .iter()
+        .filter(|program| program.action != ProgramAction::Kept);
+    let moved: Vec<_> = moved.map(|program| program.name).collect();
+    if !moved.is_empty() {
+        tracing::info!(cgroup = %attached.cgroup.display(), found = ?attached.found, "DNS programs attached");
     }
-    Ok(())
+    Ok(moved)
 }
 
 /// Puts this build's programs in place of those that are attached. The caller holds the lock.
@@ -114,18 +183,28 @@ pub(super) fn wanted(node: &Node) -> Result<bool> {
 }
 
 /// Which of them are not pinned, or not attached to a cgroup that lives.
-pub(super) fn missing(node: &Node) -> impl Iterator<Item = &'static str> {
-    let attached = |name: &str| {
-        sys::obj_get(&node.pins().link(name))
-            .and_then(|link| sys::cgroup_link_info(link.as_fd()))
-            .is_ok_and(|info| info.target != 0)
-    };
+fn missing(node: &Node) -> impl Iterator<Item = &'static str> {
     let names = programs::DNS.into_iter().map(|(name, _)| name);
-    names.filter(move |name| !attached(name))
+    names.filter(|name| target(node, name).unwrap_or(0) == 0)
+}
+
+/// The cgroup to which one of them is attached, 0 = it is gone; none where there is no pin.
+fn target(node: &Node, name: &str) -> Option<u64> {
+    let link = sys::obj_get(&node.pins().link(name)).ok()?;
+    sys::cgroup_link_info(link.as_fd()).ok().map(|i| i.target)
 }
 
 fn attach(node: &Node, current: bool) -> Result<Attached> {
-    let (path, found) = place(node.dns_place())?;
+    let attached = try_attach(node, current);
+    match &attached {
+        Ok(attached) => node.dns().note(&attached.ahead, &[]),
+        Err(error) => node.dns().failed(error),
+    }
+    attached
+}
+
+fn try_attach(node: &Node, current: bool) -> Result<Attached> {
+    let (path, found) = place::find(&node.dns().place)?;
     let dir = cgroup::open(&path, true)?;
     // Answers before questions: at no step is a lookup sent to ztunnel whose answer would seem to come from a stranger.
     let programs = programs::DNS
@@ -155,38 +234,6 @@ fn attach(node: &Node, current: bool) -> Result<Attached> {
 
 const ANOTHER: &str =
     "another program is attached there or above exclusively: `bpftool cgroup tree` names it";
-
-fn place(told: &Place) -> Result<(PathBuf, Found)> {
-    if let Some(named) = &told.named {
-        return Ok((named.clone(), Found::Named));
-    }
-    let root = match &told.root {
-        Some(root) => root.clone(),
-        None => cgroup::find_root()?,
-    };
-    let own = cgroup::own(&root);
-    Ok(choose(&root, cgroup::kubepods(&root), own.as_deref()))
-}
-
-/// Empty cgroups do not count: on hybrid hosts there may be one that no pod is ever put into. Of several kubelets' ours
-/// counts, if we are a pod.
-fn choose(root: &Path, found: Vec<Kubepods>, own: Option<&Path>) -> (PathBuf, Found) {
-    let mut used: Vec<PathBuf> = found
-        .into_iter()
-        .filter(|k| k.populated)
-        .map(|k| k.path)
-        .collect();
-    if let Some(own) = own
-        && let Some(at) = used.iter().position(|path| own.starts_with(path))
-    {
-        return (used.swap_remove(at), Found::Kubepods);
-    }
-    match (used.pop(), used.is_empty()) {
-        (Some(only), true) => (only, Found::Kubepods),
-        (Some(_), false) => (root.to_owned(), Found::RootOfSeveral),
-        (None, _) => (root.to_owned(), Found::Root),
-    }
-}
 
 /// What a cgroup runs, with respect to our programs.
 struct Order {
@@ -220,19 +267,31 @@ fn order(node: &Node, dir: &File, path: &Path) -> Result<Order> {
     Ok(order)
 }
 
+/// What is wrong with the programs of which pods have need, each with its cure. What runs before them is no fault of theirs,
+/// but said once.
+pub(super) fn problems(node: &Node) -> Vec<String> {
+    let hooks = look(node).unwrap_or_else(|error| Some(Hooks::with(error.to_string())));
+    let hooks = hooks.unwrap_or_else(|| {
+        Hooks::with("the DNS programs are not attached: lookups go past ztunnel".to_owned())
+    });
+    node.dns().note(&hooks.ahead, &hooks.problems);
+    hooks.problems
+}
+
+impl Hooks {
+    fn with(problem: String) -> Self {
+        Self {
+            cgroup: None,
+            ahead: Vec::new(),
+            problems: vec![problem],
+        }
+    }
+}
+
 /// The programs as they are; none when no pod ever had DNS capture on.
 pub fn look(node: &Node) -> Result<Option<Hooks>> {
-    let links: Vec<_> = programs::DNS
-        .iter()
-        .map(|(name, _)| {
-            let link = sys::obj_get(&node.pins().link(name));
-            (
-                *name,
-                link.and_then(|link| sys::cgroup_link_info(link.as_fd())),
-            )
-        })
-        .collect();
-    if links.iter().all(|(_, info)| info.is_err()) {
+    let links = programs::DNS.map(|(name, _)| (name, target(node, name)));
+    if links.iter().all(|(_, target)| target.is_none()) {
         return Ok(None);
     }
     let mut hooks = Hooks {
@@ -240,70 +299,42 @@ pub fn look(node: &Node) -> Result<Option<Hooks>> {
         ahead: Vec::new(),
         problems: Vec::new(),
     };
-    for (name, info) in &links {
-        match info {
-            Ok(info) if info.target != 0 => {}
-            Ok(_) => hooks.problems.push(format!(
-                "{name} is not attached, its cgroup is gone: attach again"
-            )),
-            Err(_) => hooks
-                .problems
-                .push(format!("{name} is not pinned: attach again")),
+    for (wrong, what) in [
+        (None, "not pinned: lookups go past ztunnel"),
+        (Some(0), "not attached, the cgroup is gone"),
+    ] {
+        let names = links.iter().filter(|(_, target)| *target == wrong);
+        let names: Vec<_> = names.map(|(name, _)| *name).collect();
+        if !names.is_empty() {
+            let problem = format!("{} {what}; attach again", names.join(", "));
+            hooks.problems.push(problem);
         }
     }
-    let root = match &node.dns_place().root {
-        Some(root) => root.clone(),
-        None => cgroup::find_root()?,
+    let targets: BTreeSet<u64> = links.iter().filter_map(|(_, target)| *target).collect();
+    // Where they belong is known to a process that was told, and that attaches them. Another takes it as it is.
+    let path = match (&node.dns().place.root, targets.last()) {
+        (Some(_), _) => Some(place::find(&node.dns().place)?.0),
+        (None, Some(id)) => cgroup::by_id(&cgroup::find_root()?, *id),
+        (None, None) => None,
     };
-    let target = links
-        .iter()
-        .find_map(|(_, info)| info.as_ref().ok().map(|i| i.target));
-    if hooks.problems.is_empty()
-        && let Some(path) = target.and_then(|id| cgroup::by_id(&root, id))
-    {
-        let order = order(node, &cgroup::open(&path, true)?, &path)?;
-        hooks.ahead = order.ahead;
-        hooks.problems.extend(
-            order.missing.into_iter().map(|name| {
-                format!("{name} is attached, but its cgroup does not run it: {ANOTHER}")
-            }),
-        );
-        hooks.cgroup = Some(path);
+    let Some(path) = path.filter(|_| hooks.problems.is_empty()) else {
+        return Ok(Some(hooks));
+    };
+    let dir = cgroup::open(&path, true)?;
+    if targets != BTreeSet::from([cgroup::id(&dir)?]) {
+        hooks.problems.push(format!(
+            "the DNS programs are attached elsewhere than to {}, where pods are: attach again",
+            path.display()
+        ));
+        return Ok(Some(hooks));
     }
+    let order = order(node, &dir, &path)?;
+    hooks.ahead = order.ahead;
+    let ineffective = order.missing.into_iter();
+    hooks.problems.extend(
+        ineffective
+            .map(|name| format!("{name} is attached, but its cgroup does not run it: {ANOTHER}")),
+    );
+    hooks.cgroup = Some(path);
     Ok(Some(hooks))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chosen(found: &[(&str, bool)], own: Option<&str>) -> (String, Found) {
-        let found = found.iter().map(|(path, populated)| Kubepods {
-            path: path.into(),
-            populated: *populated,
-        });
-        let (path, how) = choose(Path::new("/c"), found.collect(), own.map(Path::new));
-        (path.display().to_string(), how)
-    }
-
-    #[test]
-    fn pods_cgroup_by_what_is_in_it() {
-        let root = "/c".to_owned();
-        assert_eq!(chosen(&[], None), (root.clone(), Found::Root));
-        assert_eq!(
-            chosen(&[("/c/kubepods", false)], None),
-            (root.clone(), Found::Root)
-        );
-        let one = ("/c/kubepods.slice", true);
-        let two = ("/c/node1/kubepods", true);
-        assert_eq!(
-            chosen(&[one, ("/c/x/kubepods", false)], None),
-            (one.0.to_owned(), Found::Kubepods)
-        );
-        assert_eq!(chosen(&[one, two], None), (root, Found::RootOfSeveral));
-        assert_eq!(
-            chosen(&[one, two], Some("/c/node1/kubepods/pod1/agent")),
-            (two.0.to_owned(), Found::Kubepods)
-        );
-    }
 }

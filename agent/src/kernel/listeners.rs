@@ -76,9 +76,9 @@ fn registered_as(node: &Node, netns: &Netns, role: u32) -> Result<Vec<(u32, u32,
     Ok(found)
 }
 
-/// Does the kernel know those that a pod cannot be without?
+/// Does the kernel know those that a pod cannot be without? ztunnel's for lookups are not among them: it may have none.
 pub fn complete(node: &Node, netns: &Netns) -> Result<bool> {
-    for role in [role::OUTBOUND, role::INBOUND] {
+    for role in [role::OUTBOUND, role::INBOUND, role::HBONE] {
         if registered_as(node, netns, role)?.is_empty() {
             return Ok(false);
         }
@@ -86,30 +86,40 @@ pub fn complete(node: &Node, netns: &Netns) -> Result<bool> {
     Ok(true)
 }
 
-/// Enters listeners of process `pid` in the pod that are not registered; returns how many. Its datagram sockets are
-/// noted as well: those that were marked before the process was named would pass for the pod's own.
+/// Enters listeners of process `pid` in the pod that are not registered, whatever their role; returns how many. All its
+/// sockets there are noted as its own: those that were marked before the process was named would pass for the pod's,
+/// lookups find no ztunnel then, and a listener that closes is not missed.
 pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
     let _lock = node.lock()?;
-    let open = {
+    let (open, datagram) = {
         let guard = netns.enter()?;
-        sockdiag::listeners(&guard)?
+        (sockdiag::listeners(&guard)?, sockdiag::datagram(&guard))
     };
-    let known = registered(node, netns)?;
-    let missing: Vec<(u32, &InetSocket)> = open
-        .iter()
-        .filter(|s| {
-            s.mark & mark::MASK == mark::ZTUNNEL && !known.iter().any(|(_, _, c)| *c == s.cookie)
-        })
-        .filter_map(|s| role_of(s).map(|r| (r, s)))
-        .collect();
-    if missing.is_empty() {
-        return Ok(0);
-    }
+    let marked = |s: &&InetSocket| s.mark & mark::MASK == mark::ZTUNNEL;
     let process = Process::open(pid)?;
-    note_datagram(node, netns, &process)?;
+    match datagram {
+        Ok(datagram) => {
+            for socket in datagram.iter().filter(marked) {
+                if let Some(fd) = process.socket(socket.inode)? {
+                    note(node, netns, &fd)?;
+                }
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "ztunnel's datagram sockets are not known: it is told by those it opens from now on");
+        }
+    }
+    let known = registered(node, netns)?;
     let mut entered = 0;
-    for (role, socket) in missing {
-        if let Some(fd) = process.socket(socket.inode)? {
+    for socket in open.iter().filter(marked) {
+        let Some(role) = role_of(socket) else {
+            continue;
+        };
+        let Some(fd) = process.socket(socket.inode)? else {
+            continue;
+        };
+        note(node, netns, &fd)?;
+        if !known.iter().any(|(_, _, cookie)| *cookie == socket.cookie) {
             enter(node, netns, role, &fd)?;
             entered += 1;
         }
@@ -117,27 +127,7 @@ pub fn fetch(node: &Node, netns: &Netns, pid: u32) -> Result<usize> {
     Ok(entered)
 }
 
-fn note_datagram(node: &Node, netns: &Netns, process: &Process) -> Result<()> {
-    let open = {
-        let guard = netns.enter()?;
-        sockdiag::datagram(&guard)
-    };
-    let open = match open {
-        Ok(open) => open,
-        Err(error) => {
-            tracing::warn!(%error, "ztunnel's datagram sockets are not known: it is told by those it opens from now on");
-            return Ok(());
-        }
-    };
-    for socket in open.iter().filter(|s| s.mark & mark::MASK == mark::ZTUNNEL) {
-        if let Some(fd) = process.socket(socket.inode)? {
-            note(node, netns, &fd)?;
-        }
-    }
-    Ok(())
-}
-
-/// Writes down that a socket is ztunnel's.
+/// Writes down that a socket is ztunnel's: it is what tells this one from an impostor's.
 fn note(node: &Node, netns: &Netns, socket: &OwnedFd) -> Result<()> {
     sys::map_update(
         sys::fd(&node.maps().ztunnel_sockets),
@@ -152,8 +142,6 @@ fn enter(node: &Node, netns: &Netns, role: u32, socket: &OwnedFd) -> Result<()> 
     let cookie = netns.cookie().0;
     let maps = node.maps();
     let raw = u64::from(socket.as_raw_fd().unsigned_abs());
-    // Socket storage first: it is what tells this socket from an impostor's when it closes.
-    note(node, netns, socket)?;
     let key = RoleKey {
         cookie,
         role,

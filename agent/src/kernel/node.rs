@@ -52,8 +52,8 @@ pub struct Node {
     programs: Programs,
     /// Where the node's programs are attached, when this process attached them.
     cgroup: Option<File>,
-    /// Where the DNS programs go, as far as this process was told.
-    dns: dns::Place,
+    /// What is known of the DNS programs.
+    dns: dns::State,
 }
 
 // One node serves all threads of the agent; namespaces are entered by the thread that calls.
@@ -113,6 +113,8 @@ pub struct LoadReport {
     pub programs: Vec<ProgramReport>,
     /// The programs for DNS over UDP and where they are; none until a pod has DNS capture on.
     pub dns: Option<dns::Attached>,
+    /// Why they cannot be used. No pod that is to have DNS capture can be attached then; all else works.
+    pub dns_problem: Option<String>,
 }
 
 fn open_maps(pins: &Pins) -> Result<Maps> {
@@ -205,7 +207,7 @@ impl Node {
             maps,
             programs,
             cgroup: None,
-            dns: dns::Place::default(),
+            dns: dns::State::default(),
         }))
     }
 
@@ -261,10 +263,10 @@ impl Node {
             maps,
             programs,
             cgroup: cgroup.try_clone().ok(),
-            dns: dns::Place {
+            dns: dns::State::at(dns::Place {
                 root: Some(cgroup_path.clone()),
                 named: options.dns_cgroup.clone(),
-            },
+            }),
         };
         let mut config = node.config()?;
         let current = config.object_id == object::id();
@@ -275,6 +277,7 @@ impl Node {
             adopted,
             programs: Vec::new(),
             dns: None,
+            dns_problem: None,
         };
         // Before any pod can jump there.
         report.programs.push(node.place_steer(current)?);
@@ -284,12 +287,15 @@ impl Node {
                 .push(node.attach(name, kind, cgroup, current)?);
         }
         report.programs.push(node.check_enter()?);
-        report.dns = dns::reload(&node, current)?;
-        if !adopted {
-            report.programs.extend(dns::check(&node)?);
+        let dns = node.load_dns(current, adopted, &mut report);
+        if let Err(error) = &dns {
+            node.dns.failed(error);
+            tracing::warn!(%error, "lookups cannot be captured; everything else can");
+            report.dns_problem = Some(error.to_string());
         }
         let wanted = Config {
-            object_id: object::id(),
+            // Of those that could not be replaced the next load is to know.
+            object_id: dns.map_or(config.object_id, |()| object::id()),
             probe_source: options.probe_source.unwrap_or(config.probe_source),
             node_cookie: node.home(options, &config)?,
             ..config
@@ -317,6 +323,15 @@ impl Node {
             "another network namespace was taken for the node's own: probes from the node were not vouched for"
         );
         Ok(here.0)
+    }
+
+    /// The DNS programs: this build's in place of those that are attached, or whether this kernel takes them.
+    fn load_dns(&self, current: bool, adopted: bool, report: &mut LoadReport) -> Result<()> {
+        report.dns = dns::reload(self, current)?;
+        if !adopted {
+            report.programs.extend(dns::check(self)?);
+        }
+        Ok(())
     }
 
     /// The maps.
@@ -368,8 +383,8 @@ impl Node {
         Ok(resolvers)
     }
 
-    /// Where the DNS programs go.
-    pub(super) fn dns_place(&self) -> &dns::Place {
+    /// What is known of the DNS programs.
+    pub(super) fn dns(&self) -> &dns::State {
         &self.dns
     }
 }

@@ -175,11 +175,18 @@ pub fn attach_and_listen(node: &Node, netns: &Netns, policy: &Policy) -> Result<
     }
     let policy = &policy.resolved(netns)?;
     let _lock = node.lock()?;
+    let entry = node.maps().pods.get(&cookie.0)?;
+    let fresh = entry.is_none();
     if policy.dns != Dns::Off {
         // Before the pod's own entry asks for them.
-        dns::ensure(node)?;
+        match dns::ensure(node) {
+            // It has had them, so nobody is told that it has them now; the rest of it is looked after all the same.
+            Err(error) if entry.is_some_and(|pod| pod.flags & pod_flags::DNS != 0) => {
+                tracing::warn!(%cookie, %error, "lookups go past ztunnel");
+            }
+            ensured => ensured?,
+        }
     }
-    let fresh = node.maps().pods.get(&cookie.0)?.is_none();
     let known = node.maps().records.get(&cookie.0)?.is_some();
     let result = enrol(node, netns, policy, known);
     if let (Err(_), true) = (&result, fresh) {

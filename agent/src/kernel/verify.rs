@@ -30,7 +30,8 @@ use crate::plan::netns::{self as plan, Observed, Step};
 pub enum Kind {
     /// A program of the node is not attached, or not in its place.
     Program,
-    /// A program for DNS over UDP is not attached, and a pod has them on; or the pod's resolvers are others by now.
+    /// A program for DNS over UDP is not attached, not run or not where pods are, and a pod has them on; or the pod's
+    /// resolvers are others by now.
     Dns,
     /// The pod has no entry in `PODS`: nothing of it is captured.
     Entry,
@@ -172,10 +173,10 @@ pub fn verify_programs(node: &Node) -> Result<Vec<Problem>> {
         wrong(programs::STEER, "is not in its place: nothing is steered");
     }
     if dns::wanted(node)? {
-        problems.extend(dns::missing(node).map(|name| Problem {
+        problems.extend(dns::problems(node).into_iter().map(|what| Problem {
             cookie: None,
             kind: Kind::Dns,
-            what: format!("{name} is not attached: lookups go past ztunnel"),
+            what,
         }));
     }
     Ok(problems)

@@ -437,7 +437,7 @@ fn fetch_listeners(node: &Node, netns: &Netns, pid: Option<u32>) -> kernel::Resu
     let mut error = kernel::Error::wrong(
         "find ztunnel's listeners in",
         netns.path().display(),
-        "ztunnel acknowledged the pod but does not listen there on 15001 and 15006 with its mark",
+        "ztunnel acknowledged the pod but does not listen there on 15001, 15006 and 15008 with its mark",
         "look at ztunnel's log; it needs CAP_NET_ADMIN to mark its sockets",
     );
     error.retryable = true;

@@ -268,6 +268,37 @@ fn a_first_load_killed_at_any_step_is_completed_by_the_next() {
     assert!(steps > 20, "a load of {steps} steps: were they counted?");
 }
 
+/// A pin is what holds a program: between the old one's end and the new one's there must be no step.
+#[test]
+fn a_load_that_moves_the_programs_keeps_every_pin_wherever_it_is_killed() {
+    let scene = Scene::new("killmove").unwrap();
+    let lab = &scene.mesh.lab;
+    lab.attach(&scene.pod, &["--dns"]).unwrap();
+    let links = || -> Result<Vec<String>> {
+        let entries = std::fs::read_dir(lab.bpffs().join("links"))?;
+        let mut names = entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<Vec<_>>>()?;
+        names.sort();
+        Ok(names)
+    };
+    let all = links().unwrap();
+    assert_eq!(all.len(), 11, "{all:?}");
+    let other = lab.cgroup().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let there = other.display().to_string();
+    let steps = at_every_step("move", |step| {
+        let end = scene.killed_at(step, &["--dns-cgroup", &there, "load"])?;
+        let left = links()?;
+        ensure!(left == all, "{left:?}");
+        lab.culvert(&["load"])?.ok().context("moving back")?;
+        Ok(end)
+    })
+    .unwrap();
+    assert!(steps > 20, "a move of {steps} steps: were they counted?");
+    std::fs::remove_dir(&other).unwrap();
+}
+
 #[test]
 fn an_unload_killed_at_any_step_is_completed_by_the_next() {
     let scene = Scene::new("killunload").unwrap();

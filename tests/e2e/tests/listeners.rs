@@ -1,8 +1,9 @@
-//! The application's listening sockets with options of its own, from before enrolment and from after it.
+//! The application's listening sockets with options of its own, from before enrolment and from after it; and ztunnel's that
+//! the kernel side lost sight of.
 
 use anyhow::Result;
 use culvert_e2e::traffic::talk_as;
-use culvert_e2e::{Mesh, eventually};
+use culvert_e2e::{Mesh, bpf, eventually};
 use culvert_lab::{Family, Ns, Server};
 
 const APP: u16 = 8080;
@@ -77,5 +78,37 @@ fn a_listener_bound_to_a_device() {
                 talk_as(client, &server, client.ip(family).unwrap()).unwrap();
             }
         }
+    }
+}
+
+/// Attaching again brings back all there are, for lookups as well, though the pod could be without those.
+#[test]
+fn ztunnels_listeners_that_are_not_registered_are_fetched() {
+    let mesh = Mesh::new("listener-fetched").unwrap();
+    let pod = mesh.lab.pod("a").unwrap();
+    mesh.enrol(&pod, &["--dns"]).unwrap();
+    mesh.expect_listeners(&pod, 5).unwrap();
+    let roles = || -> Vec<String> {
+        let shown = mesh.show(&pod).unwrap();
+        let listeners = shown["listeners"].as_array().unwrap();
+        let name = |l: &serde_json::Value| l["role"].as_str().unwrap().to_owned();
+        listeners.iter().map(name).collect()
+    };
+    let all = ["outbound", "inbound", "hbone", "dns4", "dns6"];
+    assert_eq!(roles(), all);
+    let map = bpf::Map::pinned(&mesh.lab.bpffs().join("maps/LISTENERS")).unwrap();
+    let role = |key: &[u8]| u32::from_ne_bytes(key[8..12].try_into().unwrap());
+    let pid = mesh.ztunnel.pid().to_string();
+    let again = ["--dns", "--ztunnel", &pid];
+    // All of them, and each kind alone.
+    for lost in [&[0, 1, 2, 3, 4][..], &[2], &[3, 4]] {
+        for key in map.keys().unwrap() {
+            if lost.contains(&role(&key)) {
+                map.delete(&key).unwrap();
+            }
+        }
+        assert_eq!(roles().len(), 5 - lost.len());
+        mesh.lab.attach(&pod, &again).unwrap();
+        assert_eq!(roles(), all, "{lost:?}");
     }
 }

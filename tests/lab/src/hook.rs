@@ -15,6 +15,8 @@ use anyhow::{Context as _, Result};
 const PROG_LOAD: libc::c_int = 5;
 const LINK_CREATE: libc::c_int = 28;
 const SOCK_ADDR: u32 = 18;
+/// Of a link: before all that is attached there. Linux 6.17 and later.
+const BEFORE: u32 = 1 << 3;
 /// Size of the attribute union as far as the calls here need it.
 const ATTR: usize = 72;
 
@@ -60,7 +62,12 @@ pub struct Hooks {
 impl Hooks {
     /// Programs that let everything pass, at every hook of a cgroup.
     pub fn empty(cgroup: &Path) -> Result<Self> {
-        Self::attach(cgroup, &HookPoint::ALL.map(|at| (at, pass())))
+        Self::attach(cgroup, 0, &HookPoint::ALL.map(|at| (at, pass())))
+    }
+
+    /// The same, before all others of that cgroup.
+    pub fn first(cgroup: &Path) -> Result<Self> {
+        Self::attach(cgroup, BEFORE, &HookPoint::ALL.map(|at| (at, pass())))
     }
 
     /// Sends to `backend` what is for `service`, on one port, and answers under the name of `service`: socket load
@@ -75,6 +82,7 @@ impl Hooks {
         let back = |at| (at, replace(backend, service, port));
         Self::attach(
             cgroup,
+            0,
             &[
                 there(HookPoint::Connect4),
                 there(HookPoint::Sendmsg4),
@@ -84,13 +92,13 @@ impl Hooks {
         )
     }
 
-    fn attach(cgroup: &Path, programs: &[(HookPoint, Vec<u64>)]) -> Result<Self> {
+    fn attach(cgroup: &Path, flags: u32, programs: &[(HookPoint, Vec<u64>)]) -> Result<Self> {
         let dir = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
         let links = programs
             .iter()
             .map(|(at, code)| {
                 let program = load(*at, code)?;
-                link(&program, dir.as_raw_fd(), *at)
+                link(&program, dir.as_raw_fd(), *at, flags)
             })
             .collect::<io::Result<_>>();
         let links = links.with_context(|| format!("attaching to {}", cgroup.display()))?;
@@ -153,10 +161,11 @@ fn load(at: HookPoint, code: &[u64]) -> io::Result<OwnedFd> {
     call(PROG_LOAD, &mut attr)
 }
 
-fn link(program: &OwnedFd, cgroup: RawFd, at: HookPoint) -> io::Result<OwnedFd> {
+fn link(program: &OwnedFd, cgroup: RawFd, at: HookPoint, flags: u32) -> io::Result<OwnedFd> {
     let mut attr = [0; ATTR];
     put(&mut attr, 0, &program.as_raw_fd().to_ne_bytes());
     put(&mut attr, 4, &cgroup.to_ne_bytes());
     put(&mut attr, 8, &(at as u32).to_ne_bytes());
+    put(&mut attr, 12, &flags.to_ne_bytes());
     call(LINK_CREATE, &mut attr)
 }

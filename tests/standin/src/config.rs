@@ -15,6 +15,19 @@ pub struct Config {
     pub workloads: Workloads,
     /// Names and the resolver.
     pub dns: Dns,
+    /// Where lookups are answered.
+    pub dns_listen: DnsListen,
     /// How long connections may go on after SIGTERM.
     pub drain: Duration,
+}
+
+/// On which loopback addresses of a pod lookups are answered, over UDP and TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DnsListen {
+    /// As ztunnel does it where the pod has both families.
+    Both,
+    /// As where ::1 cannot be bound.
+    Ipv4,
+    /// As a ztunnel does it that has its DNS proxy switched off.
+    None,
 }

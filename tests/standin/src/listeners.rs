@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::config::DnsListen;
 use crate::pod::Pod;
 use crate::{
     DNS_PORT, INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, dns, hbone, inbound,
@@ -28,13 +29,16 @@ pub struct Listeners {
 ///
 /// # Errors
 /// When one of the ports is taken or a socket cannot be marked (CAP_NET_ADMIN).
-pub fn open() -> anyhow::Result<Listeners> {
+pub fn open(dns_listen: DnsListen) -> anyhow::Result<Listeners> {
     let ipv6 = sockets::ipv6_enabled();
     let listen = |addr: SocketAddr| {
         sockets::listen(addr).with_context(|| format!("cannot listen on {addr} in the pod"))
     };
-    let mut loopback = vec![IpAddr::from(Ipv4Addr::LOCALHOST)];
-    if ipv6 {
+    let mut loopback = vec![];
+    if dns_listen != DnsListen::None {
+        loopback.push(IpAddr::from(Ipv4Addr::LOCALHOST));
+    }
+    if dns_listen == DnsListen::Both && ipv6 {
         loopback.push(Ipv6Addr::LOCALHOST.into());
     }
     let dns = |ip: IpAddr| {

@@ -11,7 +11,7 @@ use clap::{Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use ztunnel_standin::config::Config;
+use ztunnel_standin::config::{Config, DnsListen};
 use ztunnel_standin::dns::{Dns, NameArg};
 use ztunnel_standin::identity::Ca;
 use ztunnel_standin::manager::Manager;
@@ -49,6 +49,9 @@ struct Args {
     /// The resolver that pods' other names are asked of, reached from inside each pod.
     #[arg(long, value_name = "IP:PORT")]
     dns_upstream: Option<SocketAddr>,
+    /// On which loopback addresses lookups are answered.
+    #[arg(long, value_enum, default_value_t = DnsListen::Both)]
+    dns_listen: DnsListen,
     /// How long connections may go on after SIGTERM, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     drain: u64,
@@ -107,6 +110,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         ca: args.ca_dir.as_deref().map_or_else(Ca::generate, Ca::load)?,
         workloads: Workloads::new(args.hbone_peers, args.workloads)?,
         dns: Dns::new(args.dns_names, args.dns_upstream),
+        dns_listen: args.dns_listen,
         drain: Duration::from_secs(args.drain),
     };
     let mut manager = Manager::new(Arc::new(config));

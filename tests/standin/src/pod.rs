@@ -60,7 +60,7 @@ impl Pod {
     ) -> anyhow::Result<Arc<Self>> {
         let credentials = config.ca.issue(&workload.info)?;
         let tls_server = Arc::new(tls::server(&credentials)?);
-        let opened = netns.run(listeners::open)??;
+        let opened = netns.run(|| listeners::open(config.dns_listen))??;
         let alive = CancellationToken::new();
         let pod = Arc::new(Self {
             workload,

@@ -14,7 +14,7 @@ use culvert_lab::{Capture, Connect, Family, Lab, Ns, Route, Rule, Zds, Ztunnel, 
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use ztunnel_standin::config::Config;
+use ztunnel_standin::config::{Config, DnsListen};
 use ztunnel_standin::dns::Dns;
 use ztunnel_standin::hbone::client::{HboneError, handshake, request};
 use ztunnel_standin::identity::{Ca, Credentials};
@@ -351,6 +351,7 @@ fn pod(scene: &Scene, workloads: Workloads) -> Arc<Pod> {
         ca,
         workloads,
         dns: Dns::default(),
+        dns_listen: DnsListen::Both,
         drain: SOON,
     };
     let netns = Netns::new(scene.client.fd().try_clone_to_owned().unwrap()).unwrap();

@@ -54,13 +54,13 @@ impl Node {
         for (name, kind) in ATTACHED {
             reports.push(self.attach(name, kind, cgroup, current)?);
         }
-        if dns::wanted(self)? {
-            dns::ensure(self)?;
-        }
         let again = reports
             .into_iter()
             .filter(|r| !matches!(r.action, ProgramAction::Kept));
         mended.extend(again.map(|r| r.name));
+        if dns::wanted(self)? {
+            mended.extend(dns::restore(self)?);
+        }
         Ok(mended)
     }
 
@@ -108,7 +108,7 @@ impl Node {
         if let Some(link) = &existing
             && current
             && let Ok(info) = sys::cgroup_link_info(link.as_fd())
-            && info.target == cgroup_id(cgroup)?
+            && info.target == cgroup::id(cgroup)?
             && let Ok(prog) = sys::prog_by_id(info.prog_id)
         {
             return report(name, &prog, ProgramAction::Kept, None);
@@ -118,7 +118,7 @@ impl Node {
         let took = started.elapsed();
         let mut action = ProgramAction::Loaded;
         let same_place = |link: &OwnedFd| {
-            let id = cgroup_id(cgroup).ok();
+            let id = cgroup::id(cgroup).ok();
             sys::cgroup_link_info(link.as_fd()).is_ok_and(|info| Some(info.target) == id)
         };
         match existing {
@@ -136,7 +136,7 @@ impl Node {
                     sys::link_detach(link.as_fd())
                         .map_err(|e| Error::system("detach program", name, e))?;
                 }
-                // Attached elsewhere, or not at all: the new link takes the old one's pin.
+                // Attached elsewhere, or not at all: the new link takes the old one's pin, in one step.
                 // What names an address must see it before others replace it.
                 let create = if names::DNS.iter().any(|(dns, _)| *dns == name) {
                     sys::link_create_first
@@ -152,7 +152,6 @@ impl Node {
                 let temporary = scratch.join(name);
                 let pinned = sys::obj_pin(link.as_fd(), &temporary)
                     .map_err(|e| Error::system("pin link", temporary.display(), e))
-                    .and_then(|()| pins::remove(&path))
                     .and_then(|()| pins::publish(&temporary, &path));
                 pins::remove(&scratch)?;
                 pinned?;
@@ -197,14 +196,6 @@ impl Node {
         let took = Some(started.elapsed());
         report(name, &prog, ProgramAction::Checked, took)
     }
-}
-
-fn cgroup_id(dir: &File) -> Result<u64> {
-    use std::os::unix::fs::MetadataExt;
-    // On 64-bit kernels a cgroup's id is its inode.
-    dir.metadata()
-        .map(|m| m.ino())
-        .map_err(|e| Error::system("examine", "the cgroup", e))
 }
 
 fn report(

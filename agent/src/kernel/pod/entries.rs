@@ -74,10 +74,10 @@ pub(super) fn set_interfaces(pod: &mut Pod, observed: &Observed, virtual_interfa
         *slot = *index;
     }
     pod.single_ifindex = observed.single_interface().unwrap_or(0);
-    // With several interfaces the routes choose, by destination.
+    let interface = pod.lookup_ifindex();
     let source = |v4| {
         let fits = |(on, ip): &&(u32, IpAddr)| {
-            *on == pod.single_ifindex && ip.is_ipv4() == v4 && !is_link_local(*ip)
+            *on == interface && ip.is_ipv4() == v4 && !is_link_local(*ip)
         };
         let found = observed.addresses.iter().find(fits);
         found.map_or(Addr::UNSPECIFIED, |(_, ip)| Addr::from(*ip))

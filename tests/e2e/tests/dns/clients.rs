@@ -64,6 +64,10 @@ struct Town {
     pod: Ns,
     outside: Ns,
     upstream: std::net::SocketAddr,
+    /// How many its `resolv.conf` names.
+    resolvers: usize,
+    /// How many listeners its ztunnel has in the pod, at least.
+    listeners: usize,
 }
 
 /// A resolver that says the same of every name of `else.test`, something of its own of `mesh.test`, and much of
@@ -112,6 +116,18 @@ impl Town {
         pod: impl FnOnce(&Lab) -> Result<Ns>,
         resolvers: &[Family],
     ) -> Result<Self> {
+        // IPv6 may be off in the pod.
+        Self::served(name, pod, resolvers, "both", 4)
+    }
+
+    /// By a ztunnel that answers lookups there.
+    fn served(
+        name: &str,
+        pod: impl FnOnce(&Lab) -> Result<Ns>,
+        resolvers: &[Family],
+        dns_listen: &str,
+        listeners: usize,
+    ) -> Result<Self> {
         let lab = Lab::new(name)?;
         let outside = lab.outside()?;
         let listen = [outside.ip(Family::V4)?, outside.ip(Family::V6)?];
@@ -119,7 +135,8 @@ impl Town {
         let zds = Zds::start(&lab)?;
         let pod = pod(&lab)?;
         let upstream = outside.at(resolvers[0], 53)?;
-        let ztunnel = Ztunnel::start(&lab, &zds, &options(upstream))?;
+        let options = options(upstream).arg("--dns-listen").arg(dns_listen);
+        let ztunnel = Ztunnel::start(&lab, &zds, &options)?;
         let resolv_conf = lab.scratch().join("resolv.conf");
         let mut text = String::new();
         for family in resolvers {
@@ -134,6 +151,8 @@ impl Town {
             pod,
             outside,
             upstream,
+            resolvers: resolvers.len(),
+            listeners,
         };
         town.enrol()?;
         Ok(town)
@@ -141,8 +160,7 @@ impl Town {
 
     fn enrol(&self) -> Result<()> {
         self.mesh.enrol(&self.pod, &["--dns"])?;
-        // IPv6 may be off in the pod.
-        self.mesh.expect_listeners(&self.pod, 4)
+        self.mesh.expect_listeners(&self.pod, self.listeners)
     }
 
     /// A program in the pod that finds the pod's own `resolv.conf` where it looks for it.
@@ -176,12 +194,14 @@ fn all_clients(town: &Town) {
             let wanted = wanted.to_string();
             assert!(said.starts_with(&wanted), "{client}: {name} is {said}");
             let asked = town.asked(name) - before;
-            // A loop would be a storm.
-            let expected = if name == "mesh.test" { 0..=0 } else { 1..=2 };
-            assert!(
-                expected.contains(&asked),
-                "{client}: {name} asked {asked} times"
-            );
+            // A loop would be a storm, and who asks again was not answered at first. musl asks all resolvers at once.
+            let all_at_once = client == "musl";
+            let expected = match name {
+                "mesh.test" => 0,
+                _ if all_at_once => town.resolvers,
+                _ => 1,
+            };
+            assert_eq!(asked, expected, "{client}: {name} asked {asked} times");
         }
     }
     let script = "import socket, sys; print(socket.gethostbyname(sys.argv[1]))";
@@ -217,19 +237,29 @@ fn every_client_on_ipv6_alone() {
 
 #[test]
 fn dig_in_all_its_ways() {
-    let town = Town::open("dns-dig", |lab| lab.pod("a"), &[Family::V4]).unwrap();
+    for (name, family, verdicts) in [
+        ("dns-dig", Family::V4, ["to_dns_udp4", "to_dns_tcp4"]),
+        ("dns-dig6", Family::V6, ["to_dns_udp6", "to_dns_tcp6"]),
+    ] {
+        let town = Town::open(name, |lab| lab.pod("a"), &[family]).unwrap();
+        digs(&town, verdicts);
+    }
+}
+
+fn digs(town: &Town, [udp, tcp]: [&str; 2]) {
     let dig = |args: &[&str]| town.says("dig", args).unwrap();
+    let count = |verdict| town.mesh.counter(&town.pod, verdict).unwrap();
     let server = |said: &str| {
         let line = said.lines().find(|line| line.contains("SERVER:"));
         line.unwrap_or_default().to_owned()
     };
     let resolver = town.upstream.ip().to_string();
-    for (way, verdict) in [("+notcp", "to_dns_udp4"), ("+tcp", "to_dns_tcp4")] {
-        let before = town.mesh.counter(&town.pod, verdict).unwrap();
+    for (way, verdict) in [("+notcp", udp), ("+tcp", tcp)] {
+        let before = count(verdict);
         let said = dig(&[way, "mesh.test"]);
         assert!(said.contains(&BY_ZTUNNEL.to_string()), "{said}");
         assert!(server(&said).contains(&format!("{resolver}#53")), "{said}");
-        assert_eq!(town.mesh.counter(&town.pod, verdict).unwrap(), before + 1);
+        assert_eq!(count(verdict), before + 1);
     }
     // Too long for a datagram: cut, asked again over TCP. And with room enough: not cut.
     let said = dig(&["+bufsize=1232", "big.test", "TXT"]);
@@ -238,16 +268,73 @@ fn dig_in_all_its_ways() {
     let said = dig(&["+bufsize=4096", "big.test", "TXT"]);
     assert!(!said.contains("Truncated"), "{said}");
     assert!(server(&said).contains("(UDP)"), "{said}");
-    // Thirty in one go.
+    // Thirty in one go: a socket for each datagram, one connection for all.
     let names: Vec<&str> = std::iter::repeat_n("mesh.test", 30).collect();
-    let said = dig(&[&["+short"], names.as_slice()].concat());
-    assert_eq!(said.matches(&BY_ZTUNNEL.to_string()).count(), 30, "{said}");
+    for (how, verdict, decided) in [(&["+notcp"][..], udp, 30), (&["+tcp", "+keepopen"], tcp, 1)] {
+        let before = count(verdict);
+        let said = dig(&[how, &["+short"], names.as_slice()].concat());
+        assert_eq!(said.matches(&BY_ZTUNNEL.to_string()).count(), 30, "{said}");
+        assert_eq!(count(verdict), before + decided, "{how:?}");
+    }
 }
 
 #[test]
-fn no_lookup_fails_while_ztunnel_restarts() {
-    let mut town = Town::open("dns-restart", |lab| lab.pod("a"), &[Family::V4]).unwrap();
-    let running: Vec<(&str, Child)> = CLIENTS
+fn a_ztunnel_without_a_listener_for_lookups_holds_none_up() {
+    for (listen, listeners, served) in [("none", 3, vec![]), ("ipv4", 4, vec![Family::V4])] {
+        let name = format!("dns-listen-{listen}");
+        let pod = |lab: &Lab| lab.pod("a");
+        let town = Town::served(&name, pod, &Family::BOTH, listen, listeners).unwrap();
+        for family in Family::BOTH {
+            let at = format!("@{}", town.outside.ip(family).unwrap());
+            let (wanted, kind) = match served.contains(&family) {
+                true => (BY_ZTUNNEL, "to_dns"),
+                false => (BY_OTHER, "dns_away"),
+            };
+            for (way, transport) in [("+notcp", "udp"), ("+tcp", "tcp")] {
+                let counted = || {
+                    let verdict = match family {
+                        Family::V4 => format!("{kind}_{transport}4"),
+                        Family::V6 => format!("{kind}_{transport}6"),
+                    };
+                    let through = town.mesh.stat(&town.pod, "outbound_accepts").unwrap();
+                    (town.mesh.counter(&town.pod, &verdict).unwrap(), through)
+                };
+                let before = counted();
+                let said = town.says("dig", &["+short", "+tries=1", way, &at, "mesh.test"]);
+                assert_eq!(
+                    said.unwrap().trim(),
+                    wanted.to_string(),
+                    "{listen} {way} {at}"
+                );
+                // What ztunnel has no listener of its own for is a connection like others: not past it either.
+                let through = u64::from(kind == "dns_away" && transport == "tcp");
+                assert_eq!(
+                    counted(),
+                    (before.0 + 1, before.1 + through),
+                    "{listen} {way} {at}"
+                );
+            }
+        }
+    }
+}
+
+/// A client over TCP, which prints what the others do.
+const OVER_TCP: &str = "for n in $(seq 60); do \
+    start=$(date +%s%3N); said=$(dig +tcp +short +time=6 +tries=3 mesh.test | tail -n 1); end=$(date +%s%3N); \
+    echo \"$said $((end - start))\"; sleep 0.1; done";
+
+/// How a ztunnel makes room for the next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Restart {
+    /// By SIGKILL, and there is none for three seconds.
+    Away,
+    /// By SIGTERM, once the next one serves.
+    HandOff,
+}
+
+fn no_lookup_fails(name: &str, family: Family, restart: Restart) {
+    let mut town = Town::open(name, |lab| lab.pod("a"), &[family]).unwrap();
+    let mut running: Vec<(&str, Child)> = CLIENTS
         .into_iter()
         .map(|client| {
             let path = clients().join(client).display().to_string();
@@ -255,27 +342,46 @@ fn no_lookup_fails_while_ztunnel_restarts() {
             (client, town.pod.spawn(command).unwrap())
         })
         .collect();
+    let over_tcp = town.program("sh", &["-c", OVER_TCP]);
+    running.push(("over TCP", town.pod.spawn(over_tcp).unwrap()));
     let lines = |child: &Child| child.stdout().lines().count();
     eventually("all clients have begun", || {
         Ok(running.iter().all(|(_, child)| lines(child) > 5))
     })
     .unwrap();
-    town.mesh.ztunnel.kill().unwrap();
-    std::thread::sleep(Duration::from_secs(3));
-    town.mesh.ztunnel =
-        Ztunnel::start(&town.mesh.lab, &town.mesh.zds, &options(town.upstream)).unwrap();
-    town.enrol().unwrap();
+    let next = |town: &Town| {
+        let (lab, zds) = (&town.mesh.lab, &town.mesh.zds);
+        Ztunnel::start(lab, zds, &options(town.upstream)).unwrap()
+    };
+    match restart {
+        Restart::Away => {
+            town.mesh.ztunnel.kill().unwrap();
+            std::thread::sleep(Duration::from_secs(3));
+            town.mesh.ztunnel = next(&town);
+            town.enrol().unwrap();
+        }
+        Restart::HandOff => {
+            let next = next(&town);
+            let pids = [&town.mesh.ztunnel, &next].map(|ztunnel| ztunnel.pid().to_string());
+            let [old, new] = &pids;
+            let both = ["--dns", "--ztunnel", old, "--ztunnel", new];
+            town.mesh.lab.attach(&town.pod, &both).unwrap();
+            town.mesh.expect_listeners(&town.pod, 10).unwrap();
+            let leaving = std::mem::replace(&mut town.mesh.ztunnel, next);
+            leaving.term().unwrap();
+            leaving.process().wait(culvert_e2e::LONG).unwrap();
+        }
+    }
     for (client, child) in running {
         let status = child.wait(6 * culvert_e2e::LONG).unwrap();
         let said = child.stdout();
         assert!(status.success(), "{client}: {said}");
         let count = |by: std::net::Ipv4Addr| said.matches(&format!("{by} ")).count();
         assert_eq!(count(BY_ZTUNNEL) + count(BY_OTHER), 60, "{client}: {said}");
-        // It was answered by the resolver meanwhile, and by ztunnel before and after.
-        assert!(
-            count(BY_OTHER) > 0 && said.ends_with(&last(&said)),
-            "{client}: {said}"
-        );
+        // Over UDP it was answered by the resolver meanwhile, and by ztunnel before and after.
+        let waited = client == "over TCP";
+        let asked_on = restart == Restart::Away && !waited;
+        assert!(!asked_on || count(BY_OTHER) > 0, "{client}: {said}");
         assert!(
             last(&said).starts_with(&BY_ZTUNNEL.to_string()),
             "{client}: {said}"
@@ -283,7 +389,32 @@ fn no_lookup_fails_while_ztunnel_restarts() {
         let took = said
             .lines()
             .filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok());
-        eprintln!("{client}: slowest {} ms", took.max().unwrap_or(0));
+        let slowest = took.max().unwrap_or(u64::MAX);
+        eprintln!("{client}, {family:?}, {restart:?}: slowest {slowest} ms");
+        // A datagram that was lost is sent again after two seconds at the earliest, five at most. A connection waits for
+        // ztunnel, and then for its next SYN.
+        let bound = match (restart, waited) {
+            (Restart::Away, true) => 6000,
+            _ => 2000,
+        };
+        assert!(slowest < bound, "{client}: {said}");
+    }
+}
+
+#[test]
+fn no_lookup_fails_while_ztunnel_is_away_for_three_seconds() {
+    no_lookup_fails("dns-restart", Family::V4, Restart::Away);
+}
+
+#[test]
+fn no_lookup_fails_while_ztunnel_is_away_for_three_seconds_over_ipv6() {
+    no_lookup_fails("dns-restart6", Family::V6, Restart::Away);
+}
+
+#[test]
+fn no_lookup_fails_while_one_ztunnel_hands_over_to_the_next() {
+    for (name, family) in [("dns-handoff", Family::V4), ("dns-handoff6", Family::V6)] {
+        no_lookup_fails(name, family, Restart::HandOff);
     }
 }
 
@@ -340,5 +471,7 @@ fn only_the_resolvers_of_the_pods_own_resolv_conf() {
     assert_eq!(both(), [BY_ZTUNNEL, BY_OTHER].map(|ip| ip.to_string()));
     let tcp = town.says("dig", &["+short", "+tcp", &elsewhere, "mesh.test"]);
     assert_eq!(tcp.unwrap().trim(), BY_OTHER.to_string());
+    let counted = |verdict| town.mesh.counter(&town.pod, verdict).unwrap();
+    assert_eq!((counted("dns_left_udp6"), counted("dns_left_tcp6")), (1, 1));
     drop(living);
 }

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 
-use culvert_e2e::dns::{bound, question};
+use culvert_e2e::dns::{ask, bound, question};
 use culvert_lab::{Creds, Family, Ns};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
@@ -74,7 +74,23 @@ fn attempts(pod: &Ns, victim: [u16; 2]) -> Vec<bool> {
 fn nobody_but_ztunnel_answers_under_a_resolvers_name() {
     let stage = Stage::captured("dns-forged").unwrap();
     let stranger = stage.mesh.lab.pod("b").unwrap();
-    for (pod, forged) in [(&stage.pod, false), (&stranger, true)] {
+    // Captured, but for its lookups: nothing of its own is renamed, so nothing has to be refused.
+    let without = stage.mesh.lab.pod("c").unwrap();
+    stage.mesh.enrol(&without, &[]).unwrap();
+    // Its lookups are not captured any more; sockets from before are still told their resolver's name.
+    let formerly = stage.mesh.lab.pod("d").unwrap();
+    stage.mesh.enrol(&formerly, &["--dns"]).unwrap();
+    stage.mesh.expect_listeners(&formerly, 5).unwrap();
+    for family in Family::BOTH {
+        ask(&formerly, stage.resolver(family), "mesh.test").unwrap();
+    }
+    stage.mesh.enrol(&formerly, &[]).unwrap();
+    for (pod, forged) in [
+        (&stage.pod, false),
+        (&stranger, true),
+        (&without, true),
+        (&formerly, false),
+    ] {
         let victims = pod.run(|| {
             Family::BOTH.map(|family| {
                 let resolver = stage.resolver(family);
@@ -93,7 +109,9 @@ fn nobody_but_ztunnel_answers_under_a_resolvers_name() {
             assert_eq!(victim.recv(&mut [0; 512]).is_ok(), forged);
         }
     }
-    assert_eq!(stage.count("impostor"), 6);
+    for (pod, refused) in [(&stage.pod, 6), (&without, 0), (&formerly, 6)] {
+        assert_eq!(stage.mesh.counter(pod, "impostor").unwrap(), refused);
+    }
     // From an address of its own anybody may use the port.
     stage.pod.run(|| {
         let plain = UdpSocket::bind(stage.pod.at(Family::V4, PORT).unwrap()).unwrap();

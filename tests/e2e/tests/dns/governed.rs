@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use culvert_e2e::dns::{Resolver, ask};
+use culvert_e2e::dns::{Resolver, ask, ask_connected, ask_tcp};
 use culvert_e2e::eventually;
 use culvert_e2e::governed::Governed;
 use culvert_lab::{AgentOptions, Child, Family, Ns};
@@ -12,19 +12,22 @@ use serde_json::{Value, json};
 
 use crate::{BY_OTHER, BY_RESOLVER, BY_ZTUNNEL};
 
-const ANNOTATION: &str = "ambient.istio.io/dns-capture";
+pub(crate) const ANNOTATION: &str = "ambient.istio.io/dns-capture";
 /// Where node-local DNS caches listen.
 const NODE_LOCAL: Ipv4Addr = Ipv4Addr::new(169, 254, 20, 10);
 
-struct Stage {
-    node: Governed,
-    resolver: Resolver,
+pub(crate) struct Stage {
+    pub(crate) node: Governed,
+    pub(crate) resolver: Resolver,
     /// One that ztunnel never asks.
     other: Resolver,
 }
 
 impl Stage {
-    fn open(name: &str, change: impl FnOnce(AgentOptions) -> AgentOptions) -> Result<Self> {
+    pub(crate) fn open(
+        name: &str,
+        change: impl FnOnce(AgentOptions) -> AgentOptions,
+    ) -> Result<Self> {
         let mut node = Governed::unserved(name, change)?;
         let outside = node.lab.outside()?;
         let resolver = Resolver::start(&outside, outside.ip(Family::V4)?, BY_RESOLVER)?;
@@ -45,7 +48,7 @@ impl Stage {
         })
     }
 
-    fn pod(&self, name: &str, annotations: &Value, spec: &Value) -> Result<Ns> {
+    pub(crate) fn pod(&self, name: &str, annotations: &Value, spec: &Value) -> Result<Ns> {
         let pod = self.node.lab.pod(name)?;
         self.node
             .options
@@ -181,4 +184,19 @@ fn an_agent_that_is_away_changes_nothing() {
     stage.node.start_agent().unwrap();
     stage.node.expect_state(&pod, "enrolled").unwrap();
     assert_eq!(ask(&pod, resolver, "mesh.test").unwrap(), BY_ZTUNNEL);
+}
+
+#[test]
+fn with_ipv6_off_its_lookups_are_left_alone() {
+    let stage = Stage::open("dns-ipv6-off", |options| options.arg("--ipv6=false")).unwrap();
+    let pod = stage.pod("a", &json!({}), &json!({})).unwrap();
+    stage.expect(&pod, stage.resolver.addr(), BY_ZTUNNEL);
+    let outside = stage.node.lab.outside().unwrap();
+    let v6 = Resolver::start(&outside, outside.ip(Family::V6).unwrap(), BY_RESOLVER).unwrap();
+    for asking in [ask, ask_connected, ask_tcp] {
+        assert_eq!(asking(&pod, v6.addr(), "mesh.test").unwrap(), BY_RESOLVER);
+    }
+    let counters = &stage.node.show(&pod).unwrap()["counters"];
+    assert_eq!(counters["dns_left_udp6"], 2);
+    assert_eq!(counters["to_dns_udp6"], 0);
 }

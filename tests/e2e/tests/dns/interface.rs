@@ -62,7 +62,7 @@ fn prefer(socket: &UdpSocket, family: Family, interface: u32) {
 }
 
 /// Nothing of the pod's lookups leaves it.
-fn none_left(capture: &Capture) {
+pub(crate) fn none_left(capture: &Capture) {
     let lookup = |port| port == 53 || port == 15053;
     capture
         .none(|p| p.protocol == Protocol::Udp && lookup(p.dst.port()))

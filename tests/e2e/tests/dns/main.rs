@@ -9,6 +9,7 @@ mod forged;
 mod governed;
 mod interface;
 mod many;
+mod place;
 mod seen;
 mod several;
 mod sockets;

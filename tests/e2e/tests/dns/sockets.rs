@@ -2,9 +2,10 @@
 
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
-use culvert_e2e::dns::{ask, ask_connected, bound, question, receive, same};
-use culvert_lab::{Family, connect};
+use culvert_e2e::dns::{ask, ask_connected, ask_tcp, bound, question, receive, same};
+use culvert_lab::{Capture, Family, connect};
 
+use crate::interface::none_left;
 use crate::{BY_RESOLVER, BY_ZTUNNEL, Stage, nobody};
 
 #[test]
@@ -61,6 +62,74 @@ fn a_v6_socket_that_asks_a_v4_resolver() {
 }
 
 #[test]
+fn a_v6_socket_that_is_given_a_v4_address() {
+    use nix::sys::socket::{MsgFlags, SockaddrIn, connect, sendto};
+    use std::os::fd::AsRawFd as _;
+    let stage = Stage::captured("dns-v4-on-v6").unwrap();
+    let SocketAddr::V4(resolver) = stage.resolver(Family::V4) else {
+        panic!("a resolver of the other family");
+    };
+    // As it stands, not mapped: the kernel takes it all the same.
+    let address = SockaddrIn::from(resolver);
+    stage.pod.run(|| {
+        for connected in [false, true] {
+            let socket = unbound(stage.resolver(Family::V6));
+            let (fd, question) = (socket.as_raw_fd(), question(1, "mesh.test"));
+            if connected {
+                connect(fd, &address).unwrap();
+                assert!(same(socket.peer_addr().unwrap(), resolver.into()));
+                socket.send(&question).unwrap();
+            } else {
+                sendto(fd, &question, &address, MsgFlags::empty()).unwrap();
+            }
+            let (from, answer) = receive(&socket).unwrap();
+            assert!(same(from, resolver.into()), "{from} answered");
+            assert_eq!(answer, (1, BY_ZTUNNEL));
+        }
+    });
+    assert_eq!(stage.count("to_dns_udp4"), 2);
+}
+
+#[test]
+fn what_is_excluded_asks_its_resolver() {
+    let stage = Stage::open("dns-excluded").unwrap();
+    let [v4, v6] = Family::BOTH.map(|family| stage.resolver(family));
+    let answers = |to: SocketAddr| {
+        [ask, ask_connected, ask_tcp].map(|asking| asking(&stage.pod, to, "mesh.test").unwrap())
+    };
+    // A network, mapped or not; and the port, whoever is asked.
+    let one = format!("{}/32", v4.ip());
+    stage
+        .enrol(&["--dns", "--exclude-outbound-cidr", &one])
+        .unwrap();
+    assert_eq!(answers(v4), [BY_RESOLVER; 3]);
+    let SocketAddr::V4(plain) = v4 else {
+        panic!("a resolver of the other family");
+    };
+    let mapped = SocketAddrV6::new(plain.ip().to_ipv6_mapped(), 53, 0, 0).into();
+    assert_eq!(answers(mapped), [BY_RESOLVER; 3]);
+    assert_eq!(answers(v6), [BY_ZTUNNEL; 3]);
+    let net = format!("{}/64", v6.ip());
+    stage
+        .enrol(&["--dns", "--exclude-outbound-cidr", &net])
+        .unwrap();
+    assert_eq!(
+        (answers(v4), answers(v6)),
+        ([BY_ZTUNNEL; 3], [BY_RESOLVER; 3])
+    );
+    stage
+        .enrol(&["--dns", "--exclude-outbound-port", "53"])
+        .unwrap();
+    assert_eq!(
+        (answers(v4), answers(v6)),
+        ([BY_RESOLVER; 3], [BY_RESOLVER; 3])
+    );
+    // A socket of IPv6 with a peer of IPv4 is asked about at connect() and at each datagram.
+    let left = (stage.count("dns_left_udp4"), stage.count("dns_left_udp6"));
+    assert_eq!(left, (7, 4));
+}
+
+#[test]
 fn one_socket_that_asks_several_resolvers_is_told_who_answered() {
     let stage = Stage::captured("dns-several").unwrap();
     stage.pod.run(|| {
@@ -106,23 +175,26 @@ fn an_address_of_its_own_is_kept() {
 fn lookups_over_tcp_are_answered_as_well() {
     let stage = Stage::captured("dns-tcp").unwrap();
     for family in Family::BOTH {
-        use std::io::{Read as _, Write as _};
-        let mut stream = connect(&stage.pod, nobody(family), culvert_e2e::LONG).unwrap();
-        let query = question(3, "mesh.test");
-        let length = u16::try_from(query.len()).unwrap().to_be_bytes();
-        stream
-            .write_all(&[&length, query.as_slice()].concat())
-            .unwrap();
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).unwrap();
-        let mut answer = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(culvert_e2e::dns::parse(&answer).unwrap().1, BY_ZTUNNEL);
+        let answer = ask_tcp(&stage.pod, nobody(family), "mesh.test");
+        assert_eq!(answer.unwrap(), BY_ZTUNNEL);
     }
     assert_eq!(
         (stage.count("to_dns_tcp4"), stage.count("to_dns_tcp6")),
         (1, 1)
     );
+}
+
+#[test]
+fn a_stream_to_ztunnels_own_port_keeps_its_peers_name() {
+    let stage = Stage::captured("dns-stream").unwrap();
+    for family in Family::BOTH {
+        // There is a resolver by now that answers would be named after.
+        ask(&stage.pod, stage.resolver(family), "mesh.test").unwrap();
+        let ztunnel = SocketAddr::new(family.loopback(), 15053);
+        let stream = connect(&stage.pod, ztunnel, culvert_e2e::LONG).unwrap();
+        let peer = stage.pod.run(|| stream.peer_addr().unwrap());
+        assert_eq!(peer, ztunnel);
+    }
 }
 
 #[test]
@@ -179,36 +251,47 @@ fn other_ports_and_near_resolvers_are_left_alone() {
     );
 }
 
+/// A socket as most resolvers' clients make them: bound to nothing.
+fn unbound(resolver: SocketAddr) -> UdpSocket {
+    let domain = socket2::Domain::for_address(resolver);
+    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
+    let socket = UdpSocket::from(socket);
+    socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+    socket
+}
+
 #[test]
 fn a_socket_that_connects_again_reaches_whom_it_asks_for() {
-    let stage = Stage::captured("dns-again").unwrap();
-    for family in Family::BOTH {
-        let echo = stage
-            .outside
-            .run(|| UdpSocket::bind(stage.outside.at(family, 4000).unwrap()))
-            .unwrap();
-        echo.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
-        let resolver = stage.resolver(family);
-        stage.pod.run(|| {
-            // As most resolvers' clients make them: connected without being bound.
-            let domain = socket2::Domain::for_address(resolver);
-            let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
-            let socket = UdpSocket::from(socket);
-            socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
-            for _ in 0..2 {
-                socket.connect(resolver).unwrap();
-                assert_eq!(socket.peer_addr().unwrap(), resolver);
-                assert_eq!(socket.local_addr().unwrap().ip(), stage.pod_ip(family));
-                socket.send(&question(1, "mesh.test")).unwrap();
-                assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_ZTUNNEL)));
+    let stage = Stage::open("dns-again").unwrap();
+    for interfaces in 1..=2 {
+        if interfaces == 2 {
+            stage.mesh.lab.add_interface(&stage.pod, "net1").unwrap();
+        }
+        stage.enrol(&["--dns"]).unwrap();
+        for family in Family::BOTH {
+            let echo = stage
+                .outside
+                .run(|| UdpSocket::bind(stage.outside.at(family, 4000).unwrap()))
+                .unwrap();
+            echo.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+            let resolver = stage.resolver(family);
+            stage.pod.run(|| {
+                let socket = unbound(resolver);
+                for _ in 0..2 {
+                    socket.connect(resolver).unwrap();
+                    assert_eq!(socket.peer_addr().unwrap(), resolver);
+                    assert_eq!(socket.local_addr().unwrap().ip(), stage.pod_ip(family));
+                    socket.send(&question(1, "mesh.test")).unwrap();
+                    assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_ZTUNNEL)));
 
-                socket.connect(echo.local_addr().unwrap()).unwrap();
-                socket.send(b"hello").unwrap();
-                let (_, from) = echo.recv_from(&mut [0; 9]).unwrap();
-                assert_eq!(from.ip(), stage.pod_ip(family));
-                assert_eq!(socket.peer_addr().unwrap(), echo.local_addr().unwrap());
-            }
-        });
+                    socket.connect(echo.local_addr().unwrap()).unwrap();
+                    socket.send(b"hello").unwrap();
+                    let (_, from) = echo.recv_from(&mut [0; 9]).unwrap();
+                    assert_eq!(from.ip(), stage.pod_ip(family));
+                    assert_eq!(socket.peer_addr().unwrap(), echo.local_addr().unwrap());
+                }
+            });
+        }
     }
 }
 
@@ -257,26 +340,92 @@ fn a_socket_with_a_peer_keeps_its_name_whomever_it_asks_besides() {
     }
 }
 
+/// Binds it to a device of the pod's.
+fn on(socket: UdpSocket, device: &str) -> UdpSocket {
+    let bound = socket2::SockRef::from(&socket);
+    bound.bind_device(Some(device.as_bytes())).unwrap();
+    socket
+}
+
+/// Whoever answers the one question that a connected socket asks.
+fn asks(socket: &UdpSocket, resolver: SocketAddr) -> std::net::Ipv4Addr {
+    socket.connect(resolver).unwrap();
+    socket.send(&question(1, "mesh.test")).unwrap();
+    let (from, (_, answer)) = receive(socket).unwrap();
+    assert_eq!((from, socket.peer_addr().unwrap()), (resolver, resolver));
+    answer
+}
+
 #[test]
-fn bound_to_a_device_asks_the_resolver_itself() {
-    let stage = Stage::captured("dns-device").unwrap();
+fn bound_to_a_device() {
+    let stage = Stage::open("dns-device").unwrap();
+    let capture = Capture::outside(stage.mesh.lab.node(), &stage.pod).unwrap();
+    for interfaces in 1..=2 {
+        if interfaces == 2 {
+            // Without a default route: lookups leave by the first one.
+            stage.mesh.lab.add_interface(&stage.pod, "net1").unwrap();
+        }
+        stage.enrol(&["--dns"]).unwrap();
+        let before = [stage.count("to_dns_udp4"), stage.count("to_dns_udp6")];
+        for family in Family::BOTH {
+            let resolver = stage.resolver(family);
+            let own = stage.pod.at(family, 0).unwrap();
+            let device = stage.pod.ifname();
+            stage.pod.run(|| {
+                // Several resolvers of one socket: each answer has its own name.
+                for socket in [
+                    unbound(resolver),
+                    bound(resolver).unwrap(),
+                    UdpSocket::bind(own).unwrap(),
+                ] {
+                    let socket = on(socket, device);
+                    socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+                    for to in [resolver, nobody(family), resolver] {
+                        socket.send_to(&question(1, "mesh.test"), to).unwrap();
+                        assert_eq!(receive(&socket).unwrap(), (to, (1, BY_ZTUNNEL)));
+                    }
+                }
+                assert_eq!(asks(&on(unbound(resolver), device), resolver), BY_ZTUNNEL);
+                let with_address = UdpSocket::bind(own).unwrap();
+                with_address
+                    .set_read_timeout(Some(culvert_e2e::LONG))
+                    .unwrap();
+                assert_eq!(asks(&on(with_address, device), resolver), BY_ZTUNNEL);
+                // Bound once it has its peer.
+                let late = unbound(resolver);
+                assert_eq!(asks(&late, resolver), BY_ZTUNNEL);
+                let late = on(late, device);
+                late.send(&question(2, "mesh.test")).unwrap();
+                assert_eq!(receive(&late).unwrap(), (resolver, (2, BY_ZTUNNEL)));
+            });
+        }
+        let after = [stage.count("to_dns_udp4"), stage.count("to_dns_udp6")];
+        assert_eq!(after, before.map(|count| count + 12));
+    }
+    none_left(&capture);
+}
+
+#[test]
+fn bound_to_a_device_by_which_no_answer_would_come() {
+    let stage = Stage::captured("dns-deaf").unwrap();
     for family in Family::BOTH {
         let resolver = stage.resolver(family);
         stage.pod.run(|| {
-            for connected in [false, true] {
-                let socket = bound(resolver).unwrap();
-                let device = socket2::SockRef::from(&socket);
-                device
-                    .bind_device(Some(stage.pod.ifname().as_bytes()))
-                    .unwrap();
-                if connected {
-                    socket.connect(resolver).unwrap();
-                    socket.send(&question(1, "mesh.test")).unwrap();
-                } else {
-                    socket.send_to(&question(1, "mesh.test"), resolver).unwrap();
-                }
-                assert_eq!(receive(&socket).unwrap(), (resolver, (1, BY_RESOLVER)));
+            // A port and no address: connected to loopback it would be given one of loopback's.
+            let socket = on(bound(resolver).unwrap(), stage.pod.ifname());
+            assert_eq!(asks(&socket, resolver), BY_RESOLVER);
+            // Another address than lookups come from.
+            let second: ipnet::IpNet = match family {
+                Family::V4 => "10.77.200.1/16",
+                Family::V6 => "fd77::200:1/64",
             }
+            .parse()
+            .unwrap();
+            stage.pod.add_addr(stage.pod.ifname(), second).unwrap();
+            let socket = UdpSocket::bind((second.addr(), 0)).unwrap();
+            socket.set_read_timeout(Some(culvert_e2e::LONG)).unwrap();
+            let socket = on(socket, stage.pod.ifname());
+            assert_eq!(asks(&socket, resolver), BY_RESOLVER);
         });
     }
     assert_eq!(

@@ -43,6 +43,33 @@ fn switched_on_and_off_under_a_living_pod() {
 }
 
 #[test]
+fn a_ztunnel_that_is_named_later_goes_on_answering() {
+    let stage = Stage::open("dns-later").unwrap();
+    let pod = &stage.pod;
+    let answers = || {
+        Family::BOTH.map(|family| {
+            [ask, ask_connected]
+                .map(|asking| asking(pod, stage.resolver(family), "mesh.test").unwrap())
+        })
+    };
+    // Told by its mark.
+    stage.mesh.lab.attach(pod, &["--dns"]).unwrap();
+    stage.mesh.zds.add_pod(pod).unwrap();
+    stage.mesh.expect_listeners(pod, 5).unwrap();
+    assert_eq!(answers(), [[BY_ZTUNNEL; 2]; 2]);
+    // And by its process, when it has no reason to open a socket anew.
+    let pid = stage.mesh.ztunnel.pid().to_string();
+    let named = ["--dns", "--ztunnel", &pid];
+    stage.mesh.lab.attach(pod, &named).unwrap();
+    assert_eq!(answers(), [[BY_ZTUNNEL; 2]; 2]);
+    // Its listeners are missed when they close, too.
+    let away = || stage.mesh.show(pod).unwrap()["policy"]["ztunnel_away_seconds"].clone();
+    assert_eq!(away(), serde_json::Value::Null);
+    stage.mesh.ztunnel.kill().unwrap();
+    eventually("its end is known", || Ok(away().is_u64())).unwrap();
+}
+
+#[test]
 fn only_the_resolvers_that_are_named() {
     let stage = Stage::open("dns-named").unwrap();
     let v4 = stage.resolver(Family::V4);
