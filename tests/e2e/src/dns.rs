@@ -236,6 +236,20 @@ pub fn ask_here(resolver: SocketAddr, name: &str) -> Result<Ipv4Addr> {
     Ok(answer.1)
 }
 
+/// Asks over TCP.
+pub fn ask_tcp(ns: &Ns, resolver: SocketAddr, name: &str) -> Result<Ipv4Addr> {
+    let mut stream = culvert_lab::connect(ns, resolver, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let query = question(9, name);
+    let length = u16::try_from(query.len())?.to_be_bytes();
+    stream.write_all(&[&length, query.as_slice()].concat())?;
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).context("no answer")?;
+    let mut answer = vec![0; u16::from_be_bytes(length).into()];
+    stream.read_exact(&mut answer).context("a cut answer")?;
+    Ok(parse(&answer)?.1)
+}
+
 /// A socket of the resolver's family, bound to no address.
 pub fn bound(resolver: SocketAddr) -> Result<UdpSocket> {
     let any: IpAddr = if resolver.is_ipv4() {

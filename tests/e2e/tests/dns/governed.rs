@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use culvert_e2e::dns::{Resolver, ask};
+use culvert_e2e::dns::{Resolver, ask, ask_connected, ask_tcp};
 use culvert_e2e::eventually;
 use culvert_e2e::governed::Governed;
 use culvert_lab::{AgentOptions, Child, Family, Ns};
@@ -184,4 +184,19 @@ fn an_agent_that_is_away_changes_nothing() {
     stage.node.start_agent().unwrap();
     stage.node.expect_state(&pod, "enrolled").unwrap();
     assert_eq!(ask(&pod, resolver, "mesh.test").unwrap(), BY_ZTUNNEL);
+}
+
+#[test]
+fn with_ipv6_off_its_lookups_are_left_alone() {
+    let stage = Stage::open("dns-ipv6-off", |options| options.arg("--ipv6=false")).unwrap();
+    let pod = stage.pod("a", &json!({}), &json!({})).unwrap();
+    stage.expect(&pod, stage.resolver.addr(), BY_ZTUNNEL);
+    let outside = stage.node.lab.outside().unwrap();
+    let v6 = Resolver::start(&outside, outside.ip(Family::V6).unwrap(), BY_RESOLVER).unwrap();
+    for asking in [ask, ask_connected, ask_tcp] {
+        assert_eq!(asking(&pod, v6.addr(), "mesh.test").unwrap(), BY_RESOLVER);
+    }
+    let counters = &stage.node.show(&pod).unwrap()["counters"];
+    assert_eq!(counters["dns_left_udp6"], 2);
+    assert_eq!(counters["to_dns_udp6"], 0);
 }

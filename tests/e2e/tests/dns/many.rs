@@ -115,3 +115,32 @@ fn in_several_threads() {
         });
     }
 }
+
+#[test]
+fn thirty_questions_on_one_socket() {
+    let stage = Stage::captured("dns-thirty").unwrap();
+    for (family, verdict) in [(Family::V4, "to_dns_udp4"), (Family::V6, "to_dns_udp6")] {
+        let resolver = stage.resolver(family);
+        for connected in [false, true] {
+            let before = stage.count(verdict);
+            stage.pod.run(|| {
+                let socket = bound(resolver).unwrap();
+                if connected {
+                    socket.connect(resolver).unwrap();
+                }
+                for id in 0..30 {
+                    let question = question(id, "mesh.test");
+                    match connected {
+                        true => socket.send(&question).unwrap(),
+                        false => socket.send_to(&question, resolver).unwrap(),
+                    };
+                    assert_eq!(receive(&socket).unwrap(), (resolver, (id, BY_ZTUNNEL)));
+                }
+            });
+            // Decided once for a peer, and for each datagram without.
+            let decided = stage.count(verdict) - before;
+            assert_eq!(decided, if connected { 1 } else { 30 });
+        }
+    }
+    assert_eq!(stage.mesh.stat(&stage.pod, "dns_queries").unwrap(), 120);
+}

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
-use culvert_e2e::dns::{ask, ask_connected, bound, question, receive, same};
+use culvert_e2e::dns::{ask, ask_connected, ask_tcp, bound, question, receive, same};
 use culvert_lab::{Capture, Family, connect};
 
 use crate::interface::none_left;
@@ -62,6 +62,74 @@ fn a_v6_socket_that_asks_a_v4_resolver() {
 }
 
 #[test]
+fn a_v6_socket_that_is_given_a_v4_address() {
+    use nix::sys::socket::{MsgFlags, SockaddrIn, connect, sendto};
+    use std::os::fd::AsRawFd as _;
+    let stage = Stage::captured("dns-v4-on-v6").unwrap();
+    let SocketAddr::V4(resolver) = stage.resolver(Family::V4) else {
+        panic!("a resolver of the other family");
+    };
+    // As it stands, not mapped: the kernel takes it all the same.
+    let address = SockaddrIn::from(resolver);
+    stage.pod.run(|| {
+        for connected in [false, true] {
+            let socket = unbound(stage.resolver(Family::V6));
+            let (fd, question) = (socket.as_raw_fd(), question(1, "mesh.test"));
+            if connected {
+                connect(fd, &address).unwrap();
+                assert!(same(socket.peer_addr().unwrap(), resolver.into()));
+                socket.send(&question).unwrap();
+            } else {
+                sendto(fd, &question, &address, MsgFlags::empty()).unwrap();
+            }
+            let (from, answer) = receive(&socket).unwrap();
+            assert!(same(from, resolver.into()), "{from} answered");
+            assert_eq!(answer, (1, BY_ZTUNNEL));
+        }
+    });
+    assert_eq!(stage.count("to_dns_udp4"), 2);
+}
+
+#[test]
+fn what_is_excluded_asks_its_resolver() {
+    let stage = Stage::open("dns-excluded").unwrap();
+    let [v4, v6] = Family::BOTH.map(|family| stage.resolver(family));
+    let answers = |to: SocketAddr| {
+        [ask, ask_connected, ask_tcp].map(|asking| asking(&stage.pod, to, "mesh.test").unwrap())
+    };
+    // A network, mapped or not; and the port, whoever is asked.
+    let one = format!("{}/32", v4.ip());
+    stage
+        .enrol(&["--dns", "--exclude-outbound-cidr", &one])
+        .unwrap();
+    assert_eq!(answers(v4), [BY_RESOLVER; 3]);
+    let SocketAddr::V4(plain) = v4 else {
+        panic!("a resolver of the other family");
+    };
+    let mapped = SocketAddrV6::new(plain.ip().to_ipv6_mapped(), 53, 0, 0).into();
+    assert_eq!(answers(mapped), [BY_RESOLVER; 3]);
+    assert_eq!(answers(v6), [BY_ZTUNNEL; 3]);
+    let net = format!("{}/64", v6.ip());
+    stage
+        .enrol(&["--dns", "--exclude-outbound-cidr", &net])
+        .unwrap();
+    assert_eq!(
+        (answers(v4), answers(v6)),
+        ([BY_ZTUNNEL; 3], [BY_RESOLVER; 3])
+    );
+    stage
+        .enrol(&["--dns", "--exclude-outbound-port", "53"])
+        .unwrap();
+    assert_eq!(
+        (answers(v4), answers(v6)),
+        ([BY_RESOLVER; 3], [BY_RESOLVER; 3])
+    );
+    // A socket of IPv6 with a peer of IPv4 is asked about at connect() and at each datagram.
+    let left = (stage.count("dns_left_udp4"), stage.count("dns_left_udp6"));
+    assert_eq!(left, (7, 4));
+}
+
+#[test]
 fn one_socket_that_asks_several_resolvers_is_told_who_answered() {
     let stage = Stage::captured("dns-several").unwrap();
     stage.pod.run(|| {
@@ -107,18 +175,8 @@ fn an_address_of_its_own_is_kept() {
 fn lookups_over_tcp_are_answered_as_well() {
     let stage = Stage::captured("dns-tcp").unwrap();
     for family in Family::BOTH {
-        use std::io::{Read as _, Write as _};
-        let mut stream = connect(&stage.pod, nobody(family), culvert_e2e::LONG).unwrap();
-        let query = question(3, "mesh.test");
-        let length = u16::try_from(query.len()).unwrap().to_be_bytes();
-        stream
-            .write_all(&[&length, query.as_slice()].concat())
-            .unwrap();
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).unwrap();
-        let mut answer = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(culvert_e2e::dns::parse(&answer).unwrap().1, BY_ZTUNNEL);
+        let answer = ask_tcp(&stage.pod, nobody(family), "mesh.test");
+        assert_eq!(answer.unwrap(), BY_ZTUNNEL);
     }
     assert_eq!(
         (stage.count("to_dns_tcp4"), stage.count("to_dns_tcp6")),
