@@ -94,14 +94,15 @@ fn response_to(query: &Message, code: ResponseCode) -> Message {
     answer
 }
 
-/// Serves datagrams until the pod drains.
+/// Serves datagrams until the pod drains, and then those that are queued: they would be lost with the socket.
 pub async fn serve_udp(pod: Arc<Pod>, socket: UdpSocket) {
     let socket = Arc::new(socket);
     let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
         let received = tokio::select! {
-            () = pod.draining() => return,
+            biased;
             received = socket.recv_from(&mut buffer) => received,
+            () = pod.draining() => return,
         };
         let Ok((n, client)) = received else { continue };
         pod.counters.dns_queries.one();
