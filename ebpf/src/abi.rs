@@ -338,7 +338,7 @@ pub mod pod_flags {
     pub const LEAVING: u32 = 1 << 11;
     /// With [`DNS_LISTED`]: the list is that of the pod's `resolv.conf`. User space's note.
     pub const DNS_FOLLOWED: u32 = 1 << 12;
-    /// What goes by IPv6 is left alone, in both directions. Earlier programs of this version do not know it.
+    /// What goes by IPv6 is left alone, in both directions.
     pub const IPV4_ONLY: u32 = 1 << 13;
 }
 

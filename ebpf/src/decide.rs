@@ -24,7 +24,8 @@ pub enum Verdict {
     Delivery = 4,
     /// connect: ztunnel on its own way out.
     ZtunnelOut = 5,
-    /// connect, listen or setsockopt: ztunnel's mark on a socket that is not ztunnel's.
+    /// connect, listen, lookup or setsockopt: ztunnel's mark on a socket that is not ztunnel's, or one of ours asked for by
+    /// a process. A datagram: what would pass for an answer of ztunnel's from a socket without its mark.
     Impostor = 6,
     /// steer: to a loopback address, left alone.
     PassLoopback = 7,

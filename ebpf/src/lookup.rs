@@ -1,9 +1,11 @@
 //! `culvert_dns_*`: DNS over UDP of enrolled pods, to ztunnel and back.
 //!
 //! On the way out (`connect`, `sendmsg`) a datagram for port 53 is sent to ztunnel's listener in the pod, if one is
-//! there, and the resolver it was for is remembered under its socket; on the way back (`recvmsg`, `getpeername`) that
-//! resolver's address is put in the place of ztunnel's. All other datagrams leave on the first compares. The kernel
-//! holds the socket's lock around each of these programs, so what is stored with it needs none of its own.
+//! there. Which resolver it was for is remembered for the pod, if it is the first that the pod asked, else under the
+//! socket; on the way back (`recvmsg`, `getpeername`) that resolver's address is put in the place of ztunnel's. An answer
+//! of ztunnel's to one of several resolvers' slots gets that slot's address as its source, and nobody else may send what
+//! would pass for one. All other datagrams leave on the first compares. The kernel holds the socket's lock around each of
+//! these programs, so what is stored with it needs none of its own.
 
 use core::ffi::c_void;
 

@@ -4,7 +4,7 @@
 //! `culvert_enter` and `culvert_steer` (sk_lookup), `culvert_dns_*` (cgroup socket addresses).
 //! This file owns the entry points and the licence; each program has its own file and only reads its
 //! context, asks the library's decision functions, and acts. None of them runs for a packet of an
-//! established connection.
+//! established TCP connection.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]

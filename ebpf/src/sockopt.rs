@@ -1,9 +1,11 @@
-//! `culvert_sockopt`: what processes of an enrolled pod may not do to a TCP socket.
+//! `culvert_sockopt`: what processes of an enrolled pod may not do to a TCP socket, and which sockets, of UDP too, are
+//! ztunnel's.
 //!
 //! A mark decides which way a socket's next packet goes, also on an established connection, and
 //! CAP_NET_RAW, which containers have by default, is enough to set one. So ztunnel's mark is for ztunnel's
 //! process, ours are for nobody, and a socket that carries one of ours keeps it. Binding to a device does
-//! nothing: a bound listener would never see a delivery, which comes by `lo`.
+//! nothing: a bound listener would never see a delivery, which comes by `lo`. What ztunnel's process marks is noted with
+//! the socket: TCP's for its connections and listeners, UDP's for its lookups and its answers to others'.
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sockopt};
 use culvert_ebpf::{

@@ -1,4 +1,4 @@
-//! The node's side: maps and the two node-wide programs, loaded, adopted, replaced, removed.
+//! The node's side: maps and the programs that all pods share, loaded, adopted, replaced, removed.
 //!
 //! Everything is pinned, so it outlives the process that made it. A later process adopts pins of its own
 //! ABI version and puts its programs behind the existing links; between the old program and the new there
