@@ -6,7 +6,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use culvert_e2e::{LONG, bpf, eventually, governed::Governed, load::under_load};
+use culvert_e2e::{
+    LONG, bpf, eventually,
+    governed::Governed,
+    load::{ANSWERED, under_load},
+};
 use culvert_lab::{Family, Server, connect, roundtrip};
 
 /// Ends the agent as an upgrade does, and starts this build in its place.
@@ -67,21 +71,27 @@ fn an_upgrade_and_a_downgrade_under_load_lose_no_connection() -> Result<()> {
     alive(&open)?;
     let began = Instant::now();
     let mut changes = 0;
-    let (_, lost) = under_load(&mut node, [&a, &b], Duration::from_secs(20), |node| {
-        // To the other build and back, at least twice each, however slow the machine is.
-        while changes < 4 || began.elapsed() < Duration::from_secs(20) {
-            let build = (changes % 2 == 0).then(|| another.clone());
-            follow(node, build)?;
-            alive(&open)?;
-            for pod in [&a, &b] {
-                node.expect_state(pod, "enrolled")?;
+    let came = under_load(
+        &mut node,
+        [&a, &b],
+        ANSWERED,
+        Duration::from_secs(20),
+        |node| {
+            // To the other build and back, at least twice each, however slow the machine is.
+            while changes < 4 || began.elapsed() < Duration::from_secs(20) {
+                let build = (changes % 2 == 0).then(|| another.clone());
+                follow(node, build)?;
+                alive(&open)?;
+                for pod in [&a, &b] {
+                    node.expect_state(pod, "enrolled")?;
+                }
+                changes += 1;
             }
-            changes += 1;
-        }
-        Ok(())
-    })?;
+            Ok(())
+        },
+    )?;
     eprintln!("{changes} changes of build");
-    ensure!(lost == 0, "{lost} connections were lost");
+    ensure!(came.lost == 0, "{came:?}");
     alive(&open)?;
     for pod in [&a, &b] {
         eventually("the pod is whole", || Ok(node.show(pod)?["whole"] == true))?;
