@@ -1,7 +1,11 @@
 //! The eBPF object: built when its sources or its toolchain changed, published whole or not at all. It does not know
 //! how a toolchain is chosen.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 
@@ -24,10 +28,7 @@ pub(crate) fn ensure(project: &Project) -> Result<()> {
     }
     toolchain.check()?;
     eprintln!("building the eBPF programs with {}", toolchain.name);
-    run(&mut toolchain.cargo(project, "build")?).context(toolchain.hint())?;
-    let built = toolchain
-        .target_dir(project)
-        .join("bpfel-unknown-none/release/culvert");
+    let built = build(project, &toolchain)?;
     // The first build of all writes the lock file, which is one of the inputs. Otherwise the hash from before counts:
     // what was edited during the build is not in the object.
     let sources = if had_lock_file {
@@ -43,6 +44,14 @@ pub(crate) fn ensure(project: &Project) -> Result<()> {
     let size = fs::metadata(&object)?.len();
     eprintln!("{} ({} KiB)", object.display(), size / 1024);
     Ok(())
+}
+
+/// Builds the object and says where it is.
+fn build(project: &Project, toolchain: &Toolchain) -> Result<PathBuf> {
+    run(&mut toolchain.cargo(project, "build")?).context(toolchain.hint())?;
+    Ok(toolchain
+        .target_dir(project)
+        .join("bpfel-unknown-none/release/culvert"))
 }
 
 /// Cargo in the eBPF package with the workspace's toolchain, for what runs or is checked on the host: its library.
@@ -89,4 +98,38 @@ fn publish(built: &Path, object: &Path, note: &str) -> Result<()> {
     fs::write(&temporary, note).with_context(|| format!("cannot write {}", temporary.display()))?;
     fs::rename(&temporary, &note_file)
         .with_context(|| format!("cannot replace {}", note_file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From nothing but the sources and the compilers, in a directory whose name is longer. `image --verify` does the same
+    /// to the programs around it, which takes many times as long.
+    #[test]
+    fn the_object_is_the_same_wherever_it_is_built() {
+        let project = Project::find();
+        ensure(&project).unwrap();
+        let toolchain = Toolchain::ensure(&project).unwrap();
+        let place = project.target.join("ebpf/again");
+        let _none = fs::remove_dir_all(&place);
+        let again = Project {
+            root: place.join("in/another/directory"),
+            target: place.join("target"),
+        };
+        for path in inputs::sources(&project.root).unwrap() {
+            let copy = again.root.join(&path);
+            fs::create_dir_all(copy.parent().unwrap()).unwrap();
+            fs::copy(project.root.join(path), copy).unwrap();
+        }
+        let built = fs::read(build(&again, &toolchain).unwrap()).unwrap();
+        // Not as two lists of bytes: nobody would read them.
+        assert!(
+            built == fs::read(project.object()).unwrap(),
+            "the object in {} is another than {}",
+            place.display(),
+            project.object().display()
+        );
+        fs::remove_dir_all(&place).unwrap();
+    }
 }

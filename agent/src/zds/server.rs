@@ -34,8 +34,6 @@ pub struct Server(Arc<Handle>);
 struct Handle {
     shared: Arc<Shared>,
     _stop: DropGuard,
-    /// Nobody listens any more.
-    ended: CancellationToken,
 }
 
 /// A namespace, told from others by what the kernel calls it: we hold it open, so the number is not used again.
@@ -76,6 +74,8 @@ struct Shared {
     options: Options,
     state: Mutex<State>,
     events: mpsc::UnboundedSender<Event>,
+    /// Nobody listens any more, or a conversation broke off in a panic.
+    ended: CancellationToken,
 }
 
 impl Server {
@@ -122,13 +122,13 @@ impl Server {
             options,
             state: Mutex::new(state),
             events,
+            ended: CancellationToken::new(),
         });
         let stop = CancellationToken::new();
         let admit: Admit = Arc::new(admit);
-        let ended = CancellationToken::new();
         tokio::spawn({
             // Goes with the task, be it by a panic.
-            let task = ended.clone().drop_guard();
+            let task = shared.ended.clone().drop_guard();
             let (shared, stop) = (Arc::clone(&shared), stop.clone());
             async move {
                 listen(shared, listener, admit, stop).await;
@@ -138,14 +138,13 @@ impl Server {
         let handle = Handle {
             shared,
             _stop: stop.drop_guard(),
-            ended,
         };
         Ok((Self(Arc::new(handle)), receiver))
     }
 
-    /// Returns when nobody listens for ztunnels any more: never, while there is a handle and all is well.
+    /// Returns when ztunnels are not listened for or not answered any more: never, while there is a handle and all is well.
     pub async fn ended(&self) {
-        self.0.ended.cancelled().await;
+        self.0.shared.ended.cancelled().await;
     }
 
     /// The node's pods are listed and their namespaces were looked for: from now on ztunnels get their snapshots.

@@ -116,10 +116,11 @@ impl<'a> Mesh<'a> {
         // What somebody else has added stays when the same is applied again.
         let replace = ["replace", "--kustomize", &dir, "--dry-run=server"];
         let wanted = admin.run(&[&replace[..], &["-o", "json"]].concat())?;
-        let wanted: Value = serde_json::from_str(&wanted).context("kubectl printed no JSON")?;
-        let wanted = wanted["items"]
-            .as_array()
-            .and_then(|all| all.iter().find(|one| one["kind"] == "DaemonSet"))
+        // One document an object.
+        let wanted = serde_json::Deserializer::from_str(&wanted)
+            .into_iter::<Value>()
+            .map_while(Result::ok)
+            .find(|one| one["kind"] == "DaemonSet")
             .context("no DaemonSet among the manifests")?;
         if wanted["spec"] != self.daemonset()?["spec"] {
             admin.run_with(&["replace", "-f", "-"], &wanted.to_string())?;

@@ -49,9 +49,24 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds the image that tests install.
+/// Builds the image that tests install, and packs the same programs a second time: both have to be the same image.
 pub(crate) fn ensure(project: &Project) -> Result<PathBuf> {
-    write(project, "culvert:dev", None)
+    let write = || -> Result<(PathBuf, String)> {
+        let path = write(project, "culvert:dev", None)?;
+        let digest = path.with_file_name("digest");
+        let digest = fs::read_to_string(&digest)
+            .with_context(|| format!("cannot read {}", digest.display()))?;
+        Ok((path, digest))
+    };
+    let (first, (path, digest)) = (write()?.1, write()?);
+    if digest != first {
+        bail!(
+            "not reproducible: the same programs packed twice are {} and {}",
+            first.trim(),
+            digest.trim()
+        );
+    }
+    Ok(path)
 }
 
 fn write(project: &Project, name: &str, source: Option<&str>) -> Result<PathBuf> {

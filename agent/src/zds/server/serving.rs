@@ -86,6 +86,7 @@ pub(super) async fn listen(
         shared.tell(Event::Connected { pid, pidfd });
         let (shared, stop) = (Arc::clone(&shared), stop.clone());
         tokio::spawn(async move {
+            let _alarm = Alarm(&shared);
             let reason = tokio::select! {
                 () = stop.cancelled() => Reason::Stopped,
                 reason = converse(&shared, id, &connection, &changed) => reason,
@@ -94,6 +95,17 @@ pub(super) async fn listen(
             drop(connection);
             part(&shared, id, pid, reason);
         });
+    }
+}
+
+/// Tells when a conversation breaks off in a panic: nobody would know that its ztunnel hears of no pod any more.
+struct Alarm<'a>(&'a Shared);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.ended.cancel();
+        }
     }
 }
 
