@@ -18,7 +18,15 @@ use crate::cmd::{command, run};
 
 /// What the tests use beyond what is built in: pods on veth pairs and a bridge, interfaces added later, a VM's tap,
 /// and the netlink interface by which sockets that still carry our marks are found.
-pub(super) const WANTED: [&str; 6] = ["veth", "bridge", "dummy", "tun", "inet_diag", "tcp_diag"];
+pub(super) const WANTED: [&str; 7] = [
+    "veth",
+    "bridge",
+    "dummy",
+    "tun",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+];
 
 /// A module ready to be handed to the kernel.
 pub(super) struct Module {
