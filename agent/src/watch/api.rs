@@ -22,7 +22,7 @@ use k8s_openapi::{
 };
 use kube::{
     Client,
-    api::{Patch, PatchParams},
+    api::{ListParams, ObjectList, PartialObjectMeta, Patch, PatchParams},
     runtime::watcher::{self, watcher},
 };
 use serde_json::json;
@@ -280,10 +280,14 @@ impl Api {
         let object = format!("{namespace}/{name}");
         let nodes = kube::Api::<Node>::all(self.client.clone());
         let own = &self.options.node;
-        // Both at once: whoever asks is about to end, and each may meet a connection that has died.
-        let (daemonset, node) = tokio::join!(
+        let namespaces = kube::Api::<Namespace>::all(self.client.clone());
+        let named = ListParams::default().fields(&format!("metadata.name={namespace}"));
+        // All at once: whoever asks is about to end, and each may meet a connection that has died.
+        let (daemonset, node, around) = tokio::join!(
             self.ask("read DaemonSet", &object, || daemonsets.get_opt(name)),
             self.ask("read node", own, || nodes.get_opt(own)),
+            self.ask("read namespace", namespace, || namespaces
+                .list_metadata(&named)),
         );
         let daemonset = match daemonset {
             Ok(Some(daemonset)) => daemonset,
@@ -292,6 +296,14 @@ impl Api {
         };
         if let Some(standing) = removal::without_node(&daemonset) {
             return standing;
+        }
+        // Of a namespace that goes, pods go first, and the DaemonSet looks as if it wanted others.
+        let goes = |around: ObjectList<PartialObjectMeta<Namespace>>| {
+            let mut found = around.items.into_iter();
+            found.any(|one| one.metadata.deletion_timestamp.is_some())
+        };
+        if around.is_ok_and(goes) {
+            return Standing::Removed("its namespace is being deleted".into());
         }
         match node {
             Ok(Some(node)) => removal::on_node(&daemonset, &node),

@@ -248,6 +248,12 @@ async fn upgrade_or_removal() {
     bed.plane
         .kubectl(&["label", "node", NODE, "mesh=yes", "--overwrite"])
         .unwrap();
+    assert_eq!(ask().await, Standing::Stays);
+    // Its pods go before its DaemonSet does; here nobody deletes what is in it.
+    bed.plane
+        .kubectl(&["delete", "namespace", "culvert-system", "--wait=false"])
+        .unwrap();
+    assert!(removed(&ask().await, "namespace is being deleted"));
     // Being deleted, held by a finalizer.
     let hold = r#"{"metadata":{"finalizers":["culvert.dev/test"]}}"#;
     let daemonset = ["daemonset", "culvert", "-n", "culvert-system"];
@@ -261,7 +267,7 @@ async fn upgrade_or_removal() {
     };
     with("patch", &["--type=merge", "-p", hold]);
     with("delete", &["--wait=false", "--cascade=orphan"]);
-    assert!(removed(&ask().await, "being deleted"));
+    assert!(removed(&ask().await, "DaemonSet is being deleted"));
     // No answer is no removal.
     tokio::task::block_in_place(|| bed.plane.stop_api_server()).unwrap();
     assert!(matches!(ask().await, Standing::Unknown(_)));
