@@ -3,20 +3,26 @@
 use anyhow::{Context as _, Result, ensure};
 use culvert_e2e::{eventually, governed::Governed};
 
-/// Sets how many files a process may have open, as far as it can change.
+/// Sets how many files a process may have open: as many as are asked for, or as it can be given.
 #[expect(
     unsafe_code,
     reason = "prlimit(2) of another process has no safe wrapper here"
 )]
 fn limit(pid: u32, files: u64) -> Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: files,
-        rlim_max: 65536,
+    let pid = pid.cast_signed();
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
     };
-    // SAFETY: the new limit is our own variable, which the call only reads, and the old one is not asked for.
+    // SAFETY: the limit is our own variable, which the call only writes.
+    let code = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
+    ensure!(code == 0, "prlimit: {}", std::io::Error::last_os_error());
+    // Who may not raise the upper limit leaves it alone.
+    limit.rlim_cur = files.min(limit.rlim_max);
+    // SAFETY: the limit is our own variable, which the call only reads.
     let code = unsafe {
         libc::prlimit(
-            pid.cast_signed(),
+            pid,
             libc::RLIMIT_NOFILE,
             &raw const limit,
             std::ptr::null_mut(),

@@ -35,6 +35,8 @@ pub(crate) fn second_agent(daemonset: &Value, name: &str) -> Value {
     let args = agent["args"].as_array_mut().unwrap();
     args.push("--metrics-address=127.0.0.1:0".into());
     args.push("--health-address=127.0.0.1:0".into());
+    // Of a run directory only one agent has the use.
+    args.push(format!("--run-dir=/run/culvert/{name}").into());
     pod
 }
 
