@@ -100,7 +100,8 @@ settings! {
     /// Directory of the cgroup v2 hierarchy that holds all pods, for the DNS programs; by default `kubepods`, found by
     /// looking.
     dns_cgroup: Option<PathBuf> = None, "dns-cgroup";
-    /// Directory of the agent's socket and its list of captured pods; does not survive a reboot.
+    /// Directory of the agent's socket, its list of captured pods and its lock (one agent to a directory); does not survive a
+    /// reboot.
     run_dir: PathBuf = "/run/culvert".into(), "run-dir";
     /// Unix socket at which ztunnel asks for the node's pods.
     zds_socket: PathBuf = "/var/run/ztunnel/ztunnel.sock".into(), "zds-socket", or "ZTUNNEL_UDS_ADDRESS";
