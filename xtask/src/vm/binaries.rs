@@ -1,4 +1,4 @@
-//! The programs that go into a guest: `culvert`, the stand-in ztunnel and the test binaries, built here without any
+//! The programs that go into a guest: `culvert`, the stand-in ztunnel and the test binary, built here without any
 //! shared library, and Debian's static busybox. It does not know what is done with them.
 
 use std::{
@@ -30,11 +30,10 @@ const PACKAGES: [Package; 2] = [
 ];
 
 /// Package, target and kind of what is built.
-const BUILT: [(&str, &str, &str); 4] = [
+const BUILT: [(&str, &str, &str); 3] = [
     ("culvert", "culvert", "bin"),
     ("ztunnel-standin", "ztunnel-standin", "bin"),
     ("culvert-e2e", "vm", "test"),
-    ("culvert-e2e", "dns", "test"),
 ];
 
 /// Static executables.
@@ -44,8 +43,6 @@ pub(super) struct Binaries {
     pub(super) culvert: PathBuf,
     pub(super) standin: PathBuf,
     pub(super) tests: PathBuf,
-    /// The tests of lookups, of which those that need no other program are run.
-    pub(super) lookups: PathBuf,
 }
 
 /// Installs and builds what is missing.
@@ -67,14 +64,12 @@ pub(super) fn ensure(project: &Project) -> Result<Binaries> {
         culvert: next()?,
         standin: next()?,
         tests: next()?,
-        lookups: next()?,
     };
     for file in [
         &binaries.busybox,
         &binaries.culvert,
         &binaries.standin,
         &binaries.tests,
-        &binaries.lookups,
     ] {
         let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         if !is_static(&content) {
