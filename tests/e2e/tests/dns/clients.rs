@@ -383,9 +383,6 @@ fn no_lookup_fails(name: &str, family: Family, restart: Restart) {
         let waited = client == "over TCP";
         let asked = if waited { LOOKUPS / 2 } else { LOOKUPS };
         assert_eq!(answered, asked, "{client}: {said}");
-        // Over UDP it was answered by the resolver meanwhile, and by ztunnel before and after.
-        let asked_on = restart == Restart::Away && !waited;
-        assert!(!asked_on || count(BY_OTHER) > 0, "{client}: {said}");
         assert!(
             last(&said).starts_with(&BY_ZTUNNEL.to_string()),
             "{client}: {said}"
@@ -398,6 +395,13 @@ fn no_lookup_fails(name: &str, family: Family, restart: Restart) {
         assert!(took.len() > 1, "{client}: {said}");
         let (others, slowest) = (took[took.len() - 2], took[took.len() - 1]);
         eprintln!("{client}, {family:?}, {restart:?}: slowest {others} and {slowest} ms");
+        // Over UDP it was answered by the resolver meanwhile, and by ztunnel before and after; unless all that while it
+        // waited for the one lookup that was lost.
+        let asked_on = restart == Restart::Away && !waited;
+        assert!(
+            !asked_on || count(BY_OTHER) > 0 || slowest > 3000,
+            "{client}: {said}"
+        );
         // The one that was with ztunnel when it was killed is lost; who asked it waits five seconds at most before he asks
         // again. One over TCP waits for ztunnel, and then for its next SYN. No other waits at all.
         let bounds = match restart {
