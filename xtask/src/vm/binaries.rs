@@ -1,4 +1,4 @@
-//! The programs that go into a guest: `culvert`, the stand-in ztunnel and the test binary, built here without any
+//! The programs that go into a guest: `culvert`, the stand-in ztunnel and the test binaries, built here without any
 //! shared library, and Debian's static busybox. It does not know what is done with them.
 
 use std::{
@@ -30,10 +30,11 @@ const PACKAGES: [Package; 2] = [
 ];
 
 /// Package, target and kind of what is built.
-const BUILT: [(&str, &str, &str); 3] = [
+const BUILT: [(&str, &str, &str); 4] = [
     ("culvert", "culvert", "bin"),
     ("ztunnel-standin", "ztunnel-standin", "bin"),
     ("culvert-e2e", "vm", "test"),
+    ("culvert-e2e", "dns", "test"),
 ];
 
 /// Static executables.
@@ -43,6 +44,8 @@ pub(super) struct Binaries {
     pub(super) culvert: PathBuf,
     pub(super) standin: PathBuf,
     pub(super) tests: PathBuf,
+    /// The tests of lookups, of which those that need no other program are run.
+    pub(super) lookups: PathBuf,
 }
 
 /// Installs and builds what is missing.
@@ -64,12 +67,14 @@ pub(super) fn ensure(project: &Project) -> Result<Binaries> {
         culvert: next()?,
         standin: next()?,
         tests: next()?,
+        lookups: next()?,
     };
     for file in [
         &binaries.busybox,
         &binaries.culvert,
         &binaries.standin,
         &binaries.tests,
+        &binaries.lookups,
     ] {
         let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         if !is_static(&content) {
@@ -103,15 +108,16 @@ fn build(project: &Project) -> Result<Vec<PathBuf>> {
     let messages = output(command.stdin(Stdio::null()))?;
     BUILT
         .iter()
-        .map(|(_, target, kind)| {
-            executable(&messages, target, kind)
-                .with_context(|| format!("cargo did not say where it put the {kind} {target}"))
+        .map(|(package, target, kind)| {
+            executable(&messages, package, target, kind).with_context(|| {
+                format!("cargo did not say where it put the {kind} {target} of {package}")
+            })
         })
         .collect()
 }
 
-/// Finds the executable of a target in cargo's messages.
-fn executable(messages: &str, target: &str, kind: &str) -> Option<PathBuf> {
+/// Finds the executable of a target in cargo's messages. Several packages may have a target of that name.
+fn executable(messages: &str, package: &str, target: &str, kind: &str) -> Option<PathBuf> {
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
@@ -119,7 +125,21 @@ fn executable(messages: &str, target: &str, kind: &str) -> Option<PathBuf> {
         .filter(|message| {
             message["target"]["name"] == target && message["target"]["kind"][0] == kind
         })
+        .filter(|message| {
+            let id = message["package_id"].as_str();
+            id.and_then(name_in_id) == Some(package)
+        })
         .find_map(|message| Some(Path::new(message["executable"].as_str()?).to_owned()))
+}
+
+/// The package's name in a package ID specification: `..#NAME@VERSION`, or `..DIRECTORY#VERSION` where the directory has
+/// the package's name.
+fn name_in_id(id: &str) -> Option<&str> {
+    let (url, fragment) = id.split_once('#')?;
+    match fragment.split_once('@') {
+        Some((name, _)) => Some(name),
+        None => url.rsplit('/').next(),
+    }
 }
 
 /// True for a 64-bit ELF file that asks for no dynamic loader.
@@ -153,20 +173,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_executable_is_found_by_name_and_kind() {
-        let messages = "{\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"culvert\",\"kind\":[\"lib\"]},\"executable\":null}\n\
-                        {\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"culvert\",\"kind\":[\"bin\"]},\"executable\":\"/t/culvert\"}\n\
-                        not json\n\
-                        {\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"vm\",\"kind\":[\"test\"]},\"executable\":\"/t/vm-1\"}\n";
-        assert_eq!(
-            executable(messages, "culvert", "bin").unwrap(),
-            Path::new("/t/culvert")
-        );
-        assert_eq!(
-            executable(messages, "vm", "test").unwrap(),
-            Path::new("/t/vm-1")
-        );
-        assert_eq!(executable(messages, "vm", "bin"), None);
+    fn the_executable_is_found_by_package_name_and_kind() {
+        let artifact = |id: &str, name: &str, kind: &str, executable: Option<&str>| {
+            let target = serde_json::json!({ "name": name, "kind": [kind] });
+            serde_json::json!({ "reason": "compiler-artifact", "package_id": id, "target": target, "executable": executable })
+                .to_string()
+        };
+        let messages = [
+            artifact("path+file:///w/agent#culvert@0.1.0", "culvert", "lib", None),
+            artifact(
+                "path+file:///w/agent#culvert@0.1.0",
+                "culvert",
+                "bin",
+                Some("/t/culvert"),
+            ),
+            "not json".to_owned(),
+            artifact(
+                "path+file:///w/standin#0.1.0",
+                "dns",
+                "test",
+                Some("/t/dns-1"),
+            ),
+            artifact(
+                "path+file:///w/e2e#culvert-e2e@0.1.0",
+                "dns",
+                "test",
+                Some("/t/dns-2"),
+            ),
+        ]
+        .join("\n");
+        let found = |package, target, kind| executable(&messages, package, target, kind);
+        let at = |path: &str| Some(Path::new(path).to_owned());
+        assert_eq!(found("culvert", "culvert", "bin"), at("/t/culvert"));
+        assert_eq!(found("standin", "dns", "test"), at("/t/dns-1"));
+        assert_eq!(found("culvert-e2e", "dns", "test"), at("/t/dns-2"));
+        assert_eq!(found("culvert-e2e", "dns", "bin"), None);
+        assert_eq!(found("e2e", "dns", "test"), None);
     }
 
     #[test]

@@ -54,6 +54,7 @@ pub(super) fn write(
     archive.copy("bin/culvert", 0o755, &binaries.culvert)?;
     archive.copy("bin/ztunnel-standin", 0o755, &binaries.standin)?;
     archive.copy("bin/vm-tests", 0o755, &binaries.tests)?;
+    archive.copy("bin/lookup-tests", 0o755, &binaries.lookups)?;
     for module in modules {
         archive.file(
             &format!("modules/{}.ko", module.name),

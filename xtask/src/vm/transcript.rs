@@ -5,6 +5,9 @@
 /// `exit STEP STATUS` or `end`.
 pub(super) const MARK: &str = "culvert-vm: ";
 
+/// The complaint about a test binary that found nothing to run.
+pub(super) const NO_TEST: &str = "no test ran";
+
 /// What is heard so far.
 #[derive(Debug, Default)]
 pub(super) struct Transcript {
@@ -103,7 +106,7 @@ impl Transcript {
                     complaints.push(format!("{} tests were left out", totals.ignored));
                 }
                 if totals.passed == 0 {
-                    complaints.push("no test ran".to_owned());
+                    complaints.push(NO_TEST.to_owned());
                 }
             }
             [] => complaints.push("there is no `test result:` line".to_owned()),
