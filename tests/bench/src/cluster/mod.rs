@@ -43,10 +43,10 @@ pub(crate) struct Options {
     /// How often it comes and goes [default: 5, quick: 1]
     #[arg(long)]
     flips: Option<usize>,
-    /// Pods of each kind to start one after the other [default: 40, quick: 2]
+    /// Pods of each kind to start one after the other [default: 100, quick: 2]
     #[arg(long)]
     starts: Option<usize>,
-    /// Roll-outs inside the mesh, and as many outside [default: 2, quick: 1]
+    /// Roll-outs inside the mesh, and as many outside [default: 5, quick: 1]
     #[arg(long)]
     rollouts: Option<usize>,
     /// Enrolled pods while cost and restarts are measured [default: 100, quick: 10]
@@ -137,7 +137,7 @@ fn measure(options: &Options) -> Result<Results> {
     eprintln!("a cluster of two nodes ...");
     let site = Site::new()?;
     if options.wants(Part::Start) {
-        let each = options.or(options.starts, 40, 2).max(2);
+        let each = options.or(options.starts, 100, 2).max(2);
         eprintln!("{each} pods of each kind start ...");
         results.starts = Some(start::measure(&site, each)?);
     }
@@ -173,7 +173,7 @@ fn turn(options: &Options, site: &Site, fleet: &Fleet<'_>, results: &mut Results
     }
     if options.wants(Part::Rollout) {
         eprintln!("their Deployment is rolled out ...");
-        let pairs = options.or(options.rollouts, 2, 1).max(1);
+        let pairs = options.or(options.rollouts, 5, 1).max(1);
         results.rolls = Some(roll::measure(site, fleet, pairs)?);
     }
     Ok(())

@@ -186,7 +186,7 @@ impl Results {
             line(
                 out,
                 format_args!(
-                    "\na pod's start, from the request to a watch's showing it ready, {n} of each, in ms: p10 / p50 / p90 / p99"
+                    "\na pod's start, from the request to a watch's showing it ready, {n} of each, in ms: p10 / p50 / p90 / p99; p50 and p99 as ratios to those without"
                 ),
             );
             for (what, summary) in [
@@ -201,9 +201,13 @@ impl Results {
                     p99,
                     ..
                 } = summary;
+                let without = &starts.without;
+                let (middle, tail) = (median / without.median, p99 / without.p99);
                 line(
                     out,
-                    format_args!("  {what:34} {p10:8.0} {median:8.0} {p90:8.0} {p99:8.0}"),
+                    format_args!(
+                        "  {what:34} {p10:8.0} {median:8.0} {p90:8.0} {p99:8.0} {middle:8.3} {tail:8.3}"
+                    ),
                 );
             }
         }
