@@ -11,8 +11,9 @@ mod qemu;
 mod transcript;
 
 use std::{
-    fs,
+    fs, panic,
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -104,17 +105,36 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     } else {
         args.kernels.clone()
     };
-    let mut failed = Vec::new();
-    for series in chosen {
-        let guest = Guest::prepare(&project, &binaries, series, &args)?;
-        if args.shell {
+    let guests = chosen
+        .into_iter()
+        .map(|series| Guest::prepare(&project, &binaries, series, &args))
+        .collect::<Result<Vec<_>>>()?;
+    if args.shell {
+        for guest in &guests {
             qemu::interactive(&guest.kernel, &guest.initramfs)?;
-            continue;
         }
-        let complaints = guest.judge(&args)?;
-        if !complaints.is_empty() {
-            guest.show_failure(&complaints);
-            failed.push(series.name);
+        return Ok(());
+    }
+    let mut failed = Vec::new();
+    // Each keeps one processor busy.
+    let at_once = thread::available_parallelism().map_or(1, usize::from);
+    for some in guests.chunks(at_once) {
+        let judged: Vec<Result<Vec<String>>> = thread::scope(|scope| {
+            let running: Vec<_> = some
+                .iter()
+                .map(|guest| scope.spawn(|| guest.judge(&args)))
+                .collect();
+            let ended = running.into_iter().map(thread::ScopedJoinHandle::join);
+            ended
+                .map(|end| end.unwrap_or_else(|panic| panic::resume_unwind(panic)))
+                .collect()
+        });
+        for (guest, complaints) in some.iter().zip(judged) {
+            let complaints = complaints?;
+            if !complaints.is_empty() {
+                guest.show_failure(&complaints);
+                failed.push(guest.series.name);
+            }
         }
     }
     if !failed.is_empty() {
@@ -174,7 +194,8 @@ impl Guest {
 
     /// Boots, and says what is wrong with what happened.
     fn judge(&self, args: &Args) -> Result<Vec<String>> {
-        println!("==> Linux {}", self.kernel.release);
+        let name = self.series.name;
+        println!("{name}: booting Linux {}", self.kernel.release);
         let start = Instant::now();
         let mut transcript = Transcript::default();
         let files = Files {
@@ -185,9 +206,9 @@ impl Guest {
         let end = qemu::watch(&self.kernel, &files, TIME_LIMIT, |line| {
             let was_up = transcript.is_up();
             if transcript.hear(line) {
-                println!("{line}");
+                println!("{name}: {line}");
             } else if transcript.is_up() && !was_up {
-                println!("booted in {:.1} s", start.elapsed().as_secs_f32());
+                println!("{name}: booted in {:.1} s", start.elapsed().as_secs_f32());
             }
         })?;
 
