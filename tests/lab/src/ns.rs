@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -51,10 +53,29 @@ pub(crate) struct Face {
     pub(crate) host_ifname: String,
 }
 
+/// Makes the directory a shared mount, as iproute2 does with its first namespace, and under the same lock. Whoever did not
+/// would have his namespaces hidden by the first `ip netns add` on the machine, which mounts the directory over itself.
+fn share_netns_dir() -> Result<()> {
+    fs::create_dir_all(NETNS_DIR)?;
+    let dir = File::open(NETNS_DIR)?;
+    let _lock = Flock::lock(dir, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+    let change = |from, flags| mount(from, NETNS_DIR, None::<&str>, flags, None::<&str>);
+    let share = || change(None, MsFlags::MS_SHARED | MsFlags::MS_REC);
+    match share() {
+        // It is no mount yet.
+        Err(Errno::EINVAL) => {
+            change(Some(NETNS_DIR), MsFlags::MS_BIND | MsFlags::MS_REC)?;
+            share()?;
+        }
+        done => done?,
+    }
+    Ok(())
+}
+
 impl Ns {
     /// Makes a namespace with `lo` up, and a path for it below `/run/netns`.
     pub(crate) fn create(lab_id: &str, name: &str, cgroup: &Path, scratch: &Path) -> Result<Self> {
-        fs::create_dir_all(NETNS_DIR).with_context(|| format!("making {NETNS_DIR}"))?;
+        share_netns_dir().with_context(|| format!("preparing {NETNS_DIR}"))?;
         let path = Path::new(NETNS_DIR).join(format!("{lab_id}@{name}"));
         let make = || -> Result<(File, Netlink, u64)> {
             unshare(CloneFlags::CLONE_NEWNET)
