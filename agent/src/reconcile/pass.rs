@@ -340,6 +340,9 @@ impl<W: World> Reconciler<W> {
             entry.annotation = annotation;
         }
         let wish = match wish {
+            // Of most pods that are deleted this is the last that is shown. Nobody reaches them any more, and the
+            // annotation goes with the object: a request for each would be a roll-out's every second.
+            Some(Wish::Ended) if pod.deleting => Wish::Gone,
             // The runtime takes down the sandbox of a Job's pod, too.
             Some(Wish::Ended) => Wish::Ended,
             _ if entry.ended.is_some() => {

@@ -105,6 +105,20 @@ async fn a_job_that_ended_is_let_go() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pod_that_ended_because_it_is_deleted_is_forgotten_without_a_word_to_the_api() {
+    let stage = enrolled().await;
+    stage.edit("a", |pod| {
+        pod.deleting = true;
+        pod.phase = Phase::Succeeded;
+    });
+    assert_eq!(stage.soon().await, ["forget shop/a", "untell shop/a"]);
+    assert!(stage.after(Duration::from_secs(60)).await.is_empty());
+    stage.cluster.send_modify(|c| c.pods.clear());
+    assert!(stage.soon().await.is_empty());
+    assert!(stage.reconciler.report().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_job_that_ended_while_no_agent_ran_loses_its_annotation() {
     let stage = Stage::new();
     stage.fail("annotate", 1, true);
