@@ -1,5 +1,6 @@
 //! Culvert taken away: from a node, from the cluster, and pods too when that is asked for.
 
+use anyhow::{Context as _, ensure};
 use culvert_cluster::{AGENT, IN_TIME, Mesh, pod};
 
 use crate::bed::{AMBIENT, Bed, shell, talker};
@@ -91,6 +92,41 @@ fn its_daemonset_is_deleted_with_and_without_its_account() {
     }
 }
 
+/// Runs `culvert` of an image on a node, which has the node's root at /host, and returns what it wrote; an error when it
+/// failed.
+fn debugged(bed: &Bed, node: &str, image: &str, args: &[&str]) -> anyhow::Result<String> {
+    let at = format!("node/{node}");
+    let image = format!("--image={image}");
+    let debug = [
+        "debug",
+        &at,
+        "-n",
+        bed.name(),
+        "--profile=sysadmin",
+        &image,
+        "--",
+        "culvert",
+    ];
+    let said = bed
+        .cluster
+        .kubectl(&[&debug[..], args, &["--host-root", "/host"]].concat())?;
+    // "Creating debugging pod NAME with container ..."
+    let pod = said
+        .split(' ')
+        .find(|word| word.starts_with("node-debugger-"));
+    let pod = pod.with_context(|| format!("no pod is named: {said}"))?;
+    let mut phase = String::new();
+    bed.until("the debugger has ended", || {
+        phase = bed.pod(pod)["status"]["phase"].to_string();
+        ["\"Succeeded\"", "\"Failed\""].contains(&phase.as_str())
+    });
+    let log = bed.cluster.kubectl(&["logs", pod, "-n", bed.name()])?;
+    bed.cluster
+        .kubectl(&["delete", "pod", pod, "-n", bed.name(), IN_TIME])?;
+    ensure!(phase.contains("Succeeded"), "{phase}: {log}");
+    Ok(log)
+}
+
 #[test]
 fn uninstalled_with_its_pods_everything_is_as_before() {
     let _alone = alone();
@@ -107,6 +143,8 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
     bed.mesh.wait_until_enrolled("uninstalled").unwrap();
     let configured = NODES.map(|node| written_by_hand(&bed, node));
     let _back = guards::Culvert(&bed);
+    let template = "jsonpath={.spec.template.spec.containers[0].image}";
+    let image = of_agent(&bed, &["get", "daemonset", AGENT.0, "-o", template]);
     of_agent(&bed, &["delete", "daemonset", AGENT.0, IN_TIME]);
     let nodes = bed.cluster.nodes();
     for (node, before) in NODES.iter().zip(&configured) {
@@ -125,14 +163,19 @@ fn uninstalled_with_its_pods_everything_is_as_before() {
         ])
         .unwrap();
     let culvert = Mesh::culvert().unwrap().display().to_string();
-    let uninstall = [&culvert, "uninstall", "--unenrol-pods", "--wait=30"];
+    let uninstall = ["uninstall", "--unenrol-pods", "--wait=30"];
     let find = "for ns in /run/netns/cni-*; do for f in -4 -6; do nsenter --net=$ns ip $f rule list; done; done";
     for node in &nodes {
         // Pods that a test before has left may still be ending, with connections through ztunnel: it says to try again.
         bed.until("all pods are let go of", || {
-            bed.cluster
-                .run_on(node, &uninstall)
-                .inspect_err(|error| eprintln!("{}: {error:#}", node.name()))
+            // On one node by hand, on the other from the image alone, as the documents say.
+            let done = match node.name().as_str() {
+                "node1" => bed
+                    .cluster
+                    .run_on(node, &[&[culvert.as_str()][..], &uninstall].concat()),
+                other => debugged(&bed, other, &image, &uninstall),
+            };
+            done.inspect_err(|error| eprintln!("{}: {error:#}", node.name()))
                 .is_ok()
         });
         let left = bed
