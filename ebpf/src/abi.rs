@@ -1,7 +1,8 @@
 //! What lies in the maps, byte for byte, and the numbers both sides agree on.
 //!
 //! Rules: `#[repr(C)]`, integers and arrays only, padding written out, size asserted. Whoever changes a
-//! type or the meaning of a field raises [`ABI_VERSION`]: pins of another version are never adopted.
+//! type or the meaning of a field raises [`ABI_VERSION`]: pins of another version are never adopted. What other versions rely
+//! on all the same stands in `kernel::earlier`.
 
 use crate::addr::Addr;
 

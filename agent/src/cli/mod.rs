@@ -57,6 +57,7 @@ impl Global {
             dns_cgroup: self.dns_cgroup.clone(),
             probe_source: None,
             at_home: false,
+            set_aside: false,
         }
     }
 }

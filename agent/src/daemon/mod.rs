@@ -19,7 +19,7 @@ mod tasks;
 mod tracking;
 mod ztunnels;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 
@@ -30,9 +30,16 @@ use crate::{
     },
     cni_server,
     config::{Config, DnsScope, Loaded},
-    kernel::{LoadOptions, Netns, Node, memory, pod},
+    kernel::{
+        LoadOptions, Netns, Node, earlier, memory,
+        pod::{self, Policy},
+    },
     plan::membership::{self, Settings},
-    reconcile::{Options, Reconciler, live::Live, publish},
+    reconcile::{
+        Options, Reconciler,
+        live::Live,
+        publish::{self, Remembered},
+    },
     traces,
     watch::{Manifests, Source, api, client},
     zds,
@@ -93,7 +100,9 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     let settings = settings(&config)?;
     let source = Arc::new(source(&config, &settings).await?);
     cilium::refuse(&source).await?;
-    let (node, home, leftovers) = load(&config).await?;
+    let memory = config.run_dir.join("captured.json");
+    let remembered = publish::recall(&memory);
+    let (node, home, leftovers) = load(&config, &remembered).await?;
     metrics
         .repairs
         .get_or_create(&By(RepairKind::Leftover))
@@ -147,7 +156,6 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     );
     let (tracker, tracked) = tracking::start(Arc::clone(&node))?;
     let installation = Installation::default();
-    let memory = config.run_dir.join("captured.json");
     let live = Live {
         node: Arc::clone(&node),
         tracker: Arc::new(tracker),
@@ -164,7 +172,7 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
         named_ztunnel: named,
         period: config.reconcile_period,
         concurrency: config.enrolment_concurrency.get(),
-        remembered: publish::recall(&memory),
+        remembered,
         memory: Some(memory),
     };
     let reconciler = Reconciler::new(live, options, cluster.clone());
@@ -282,17 +290,38 @@ pub async fn run(loaded: Loaded, log: LogControl) -> Result<()> {
     Ok(())
 }
 
-/// The node's programs, this build's; the cookie of the node's own namespace; how many leftovers were cleared away.
-async fn load(config: &Config) -> Result<(Arc<Node>, u64, usize)> {
+/// The node's programs, this build's, with the pods that another version captured; the cookie of the node's own namespace;
+/// how many leftovers were cleared away.
+async fn load(config: &Config, remembered: &[Remembered]) -> Result<(Arc<Node>, u64, usize)> {
     let options = LoadOptions {
         bpffs: config.bpffs.clone(),
         cgroup_root: config.cgroup_root.clone(),
         dns_cgroup: config.dns_cgroup.clone(),
         probe_source: Some(probes::source(config.probe_source)),
         at_home: true,
+        set_aside: true,
+    };
+    let mut policies: HashMap<u64, Policy> = remembered
+        .iter()
+        .filter_map(|r| Some((r.cookie, r.policy.clone()?)))
+        .collect();
+    // Of the others the first pass says how they are to be treated.
+    let unknown = Policy {
+        hold: config.ztunnel_grace.0,
+        named_ztunnel: ztunnels::can_be_named(),
+        ..Policy::default()
     };
     tokio::task::spawn_blocking(move || {
         let (node, report) = Node::load(&options)?;
+        let taken = earlier::take_over(&node, |cookie| {
+            policies.remove(&cookie.0).unwrap_or_else(|| unknown.clone())
+        })?;
+        if taken.pods > 0 {
+            tracing::info!(pods = taken.pods, "taken over from another version");
+        }
+        for (cookie, why) in taken.left {
+            tracing::warn!(%cookie, "not taken over, another version's programs go on with it: {why}");
+        }
         let collected = pod::collect(&node)?;
         tracing::info!(adopted = report.adopted, collected, "programs loaded");
         let home = Netns::current()?.cookie().0;

@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod discover;
 pub mod dns;
+pub mod earlier;
 pub mod ears;
 pub mod error;
 pub mod events;

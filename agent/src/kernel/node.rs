@@ -2,30 +2,32 @@
 //!
 //! Everything is pinned, so it outlives the process that made it. A later process adopts pins of its own
 //! ABI version and puts its programs behind the existing links; between the old program and the new there
-//! is no moment without one.
+//! is no moment without one. Pins of another version: [`earlier`].
 
 mod attach;
+mod pinned;
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io,
+    fs::File,
     net::IpAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
-use culvert_ebpf::abi::{ABI_VERSION, Config, PROBES_NODE, maps as map_names};
+use culvert_ebpf::abi::{ABI_VERSION, Config};
+pub(super) use pinned::{Pinned, look, open, other_abi};
+use pinned::{create_maps, open_maps};
 use serde::Serialize;
 
 use super::{
-    cgroup, dns,
+    cgroup, dns, earlier,
     error::{Error, Result},
     maps::Maps,
     netns::{Netns, NetnsCookie},
     object::{self, Programs},
     pins::{self, Lock, Pins},
-    preflight, sys,
+    preflight,
 };
 
 /// Settings of [`Node::load`].
@@ -42,6 +44,8 @@ pub struct LoadOptions {
     /// The caller is in the node's own network namespace: from now on that is the one, whichever was taken for it when
     /// the maps were made.
     pub at_home: bool,
+    /// Pins of another ABI version are set aside, to be followed by [`earlier::take_over`]; else they are refused.
+    pub set_aside: bool,
 }
 
 /// The node's maps and programs, as long as this process has them open.
@@ -117,82 +121,6 @@ pub struct LoadReport {
     pub dns_problem: Option<String>,
 }
 
-fn open_maps(pins: &Pins) -> Result<Maps> {
-    let mut fds: Vec<OwnedFd> = Vec::with_capacity(map_names::ALL.len());
-    for (name, want) in object::map_specs()? {
-        let path = pins.map(name);
-        let fd = sys::obj_get(&path).map_err(|e| {
-            let missing = e.kind() == io::ErrorKind::NotFound;
-            let error = Error::system("open pinned map", path.display(), e);
-            if missing {
-                error.cured_by(
-                    "the pin directory is incomplete: `culvert unload --force` removes it (running pods lose capture)",
-                )
-            } else {
-                error
-            }
-        })?;
-        let have =
-            sys::map_info(fd.as_fd()).map_err(|e| Error::system("examine", path.display(), e))?;
-        if (have.map_type, have.key_size, have.value_size)
-            != (want.map_type, want.key_size, want.value_size)
-        {
-            return Err(other_abi(pins, "of another layout"));
-        }
-        fds.push(fd);
-    }
-    let fds = fds
-        .try_into()
-        .map_err(|_| other_abi(pins, "of another layout"))?;
-    let maps = Maps::from_fds(fds);
-    match maps.config.get(&0)? {
-        Some(config) if config.abi_version == ABI_VERSION => Ok(maps),
-        Some(config) => Err(other_abi(
-            pins,
-            &format!("of ABI version {}", config.abi_version),
-        )),
-        None => Err(other_abi(pins, "without a configuration")),
-    }
-}
-
-fn other_abi(pins: &Pins, what: &str) -> Error {
-    Error::wrong(
-        "adopt",
-        pins.root().display(),
-        format!("the maps pinned there are {what}, this is ABI version {ABI_VERSION}"),
-        "run the culvert that made them, or remove them with `culvert unload --force` (running pods lose capture) and \
-         attach again",
-    )
-}
-
-fn create_maps(pins: &Pins) -> Result<()> {
-    let scratch = pins.scratch()?;
-    let dir = scratch.join("maps");
-    let result = (|| {
-        fs::create_dir(&dir).map_err(|e| Error::system("make directory", dir.display(), e))?;
-        for (name, spec) in object::map_specs()? {
-            let fd = object::create_map(name, &spec)?;
-            let path = dir.join(name);
-            sys::obj_pin(fd.as_fd(), &path)
-                .map_err(|e| Error::system("pin map", path.display(), e))?;
-            if name == map_names::CONFIG {
-                let config = Config {
-                    abi_version: ABI_VERSION,
-                    probe_source: PROBES_NODE,
-                    node_cookie: Netns::current()?.cookie().0,
-                    events_until: 0,
-                    object_id: 0,
-                };
-                sys::map_update(fd.as_fd(), &0_u32.to_ne_bytes(), sys::bytes_of(&config), 0)
-                    .map_err(|e| Error::system("write to", "map CONFIG", e))?;
-            }
-        }
-        pins::publish(&dir, &pins.root().join("maps"))
-    })();
-    let swept = pins::remove(&scratch);
-    result.and(swept)
-}
-
 impl Node {
     /// Opens what is pinned; none when nothing is.
     pub fn open(bpffs: &Path) -> Result<Option<Self>> {
@@ -228,6 +156,9 @@ impl Node {
         }
         let made_root = !pins.root().exists();
         let _lock = pins.lock()?;
+        if options.set_aside {
+            earlier::make_room(&pins)?;
+        }
         let adopted = pins.exist();
         let result = Self::load_locked(options, &pins, adopted, cgroup_path, &cgroup);
         if result.is_err() && !adopted {
@@ -397,7 +328,8 @@ pub fn unload(bpffs: &Path, force: bool) -> Result<bool> {
         return Ok(false);
     }
     let _lock = pins.lock_existing()?;
-    let pods = pins.pods();
+    let mut pods = pins.pods();
+    pods.extend(pins.earlier().iter().flat_map(Pins::pods));
     if !pods.is_empty() && !force {
         return Err(Error::wrong(
             "unload",

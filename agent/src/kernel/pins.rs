@@ -1,7 +1,8 @@
 //! The pin directory on bpffs: where everything outlives its maker, and the one lock over it.
 //!
 //! Layout: `maps/NAME`, `links/PROGRAM`, `pods/COOKIE` (the link of that pod's `culvert_enter`). What is
-//! half made lives in `new-PID` until it is renamed into place.
+//! half made lives in `new-PID` until it is renamed into place. What another version left is in `before-N`, each laid out
+//! like the whole, see [`super::earlier`].
 
 use std::{
     fs::{self, File},
@@ -19,6 +20,9 @@ use super::netns::NetnsCookie;
 
 /// Default place on a bpffs that most distributions mount.
 pub const DEFAULT: &str = "/sys/fs/bpf/culvert";
+
+/// Names of [`Pins::earlier`] begin so.
+const EARLIER: &str = "before-";
 
 /// bpffs, from linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -85,6 +89,37 @@ impl Pins {
         pods
     }
 
+    /// What other versions left, the oldest first.
+    #[must_use]
+    pub fn earlier(&self) -> Vec<Self> {
+        let mut numbers = self.earlier_numbers();
+        numbers.sort_unstable();
+        numbers
+            .into_iter()
+            .map(|number| self.numbered(number))
+            .collect()
+    }
+
+    /// A place beside those, where nothing is yet.
+    pub(super) fn next_earlier(&self) -> Self {
+        let last = self.earlier_numbers().into_iter().max();
+        self.numbered(last.map_or(1, |last| last + 1))
+    }
+
+    fn numbered(&self, number: u32) -> Self {
+        Self::at(&self.root.join(format!("{EARLIER}{number}")))
+    }
+
+    fn earlier_numbers(&self) -> Vec<u32> {
+        let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        entries
+            .filter_map(|e| {
+                let name = e.file_name();
+                name.to_str()?.strip_prefix(EARLIER)?.parse().ok()
+            })
+            .collect()
+    }
+
     /// The nearest existing directory at or above the root is a bpffs?
     pub fn check_bpffs(&self) -> Result<()> {
         let existing = self
@@ -110,6 +145,13 @@ impl Pins {
     /// Makes the directory, takes the lock, waiting for whoever has it, and sweeps.
     pub fn lock(&self) -> Result<Lock> {
         self.check_bpffs()?;
+        self.make_directories()?;
+        let lock = self.lock_existing()?;
+        self.sweep()?;
+        Ok(lock)
+    }
+
+    pub(super) fn make_directories(&self) -> Result<()> {
         for dir in [
             self.root.clone(),
             self.root.join("pods"),
@@ -118,9 +160,7 @@ impl Pins {
             fs::create_dir_all(&dir)
                 .map_err(|e| Error::system("make directory", dir.display(), e))?;
         }
-        let lock = self.lock_existing()?;
-        self.sweep()?;
-        Ok(lock)
+        Ok(())
     }
 
     /// Takes the lock of a directory that must be there.

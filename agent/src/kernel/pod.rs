@@ -23,7 +23,7 @@ pub use sync::Synced;
 pub(super) use sync::{sync, sync_sysctls, virtual_names};
 
 use super::{
-    dns,
+    dns, earlier,
     ears::Ears,
     error::{Error, Result},
     listeners, netconf,
@@ -189,8 +189,9 @@ pub fn attach_and_listen(node: &Node, netns: &Netns, policy: &Policy) -> Result<
     }
     let known = node.maps().records.get(&cookie.0)?.is_some();
     let result = enrol(node, netns, policy, known);
-    if let (Err(_), true) = (&result, fresh) {
-        // Half an enrolment helps nobody: back to how it was. The first error is the one that counts.
+    if let (Err(_), true) = (&result, fresh && !earlier::holds(node.pins(), cookie)) {
+        // Half an enrolment helps nobody: back to how it was. The first error is the one that counts. But what another
+        // version's programs still need stays.
         if let Err(error) = release::let_go(node, netns) {
             tracing::warn!(%cookie, %error, "rolling back a failed attach");
         }
@@ -257,6 +258,12 @@ fn enrol(node: &Node, netns: &Netns, policy: &Policy, known: bool) -> Result<Ear
         release::strays(cookie, &netns.enter()?);
     }
     Ok(ears)
+}
+
+/// Takes up a pod that was let go, and whose connections from before still need its rules: [`collect`] waits for them.
+pub(super) fn keep_draining(node: &Node, netns: &Netns) -> Result<()> {
+    let _lock = node.lock()?;
+    ensure_link(node, netns)
 }
 
 fn ensure_link(node: &Node, netns: &Netns) -> Result<()> {

@@ -195,6 +195,21 @@ fn slot_of(node: &Node, wanted: &PidNamespace) -> Result<u32> {
     Ok(slot)
 }
 
+/// Processes that are named as ztunnel, run, and were named where we are: only then their ids mean anything to us.
+pub(super) fn ztunnels(node: &Node) -> Result<Vec<u32>> {
+    let own = u32::try_from(own_namespace()?).unwrap_or(0);
+    let mut found = Vec::new();
+    for key in node.maps().ztunnels.keys()? {
+        if let Some(named) = node.maps().ztunnels.get(&key)?
+            && named.named_in == own
+            && started(named.pid).is_ok_and(|at| at == named.started)
+        {
+            found.push(named.pid);
+        }
+    }
+    Ok(found)
+}
+
 /// Takes out the processes that are gone: their ids will be others'. Those that were named in another PID namespace than
 /// ours are left, because from here nobody can tell.
 pub(super) fn forget_gone(node: &Node) -> Result<()> {

@@ -110,6 +110,7 @@ pub(crate) fn load(lab: &Lab) -> Result<Node> {
         dns_cgroup: None,
         probe_source: None,
         at_home: true,
+        set_aside: false,
     };
     lab.node().run(|| {
         let (node, _) = Node::load(&options)?;

@@ -12,6 +12,7 @@ pub mod load;
 pub mod picture;
 pub mod runtime;
 pub mod traffic;
+pub mod version;
 
 use std::time::{Duration, Instant};
 

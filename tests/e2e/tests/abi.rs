@@ -1,22 +1,8 @@
-//! Pins of another ABI version: refused with the cure, and left as they are.
+//! Pins of another ABI version: whoever has no agent is refused with the cure, and all is left as it is. The agent takes
+//! them over: `agent_abi.rs`.
 
-use anyhow::{Result, ensure};
-use culvert_e2e::{Mesh, bpf, picture, traffic::Via};
-use culvert_lab::{Family, Lab, Server};
-
-/// Stamps the pins with another version: one back, as an older build's, or one ahead.
-fn restamp(lab: &Lab, step: i32) -> Result<u32> {
-    let config = bpf::Map::pinned(&lab.bpffs().join("maps/CONFIG"))?;
-    let key = 0_u32.to_ne_bytes();
-    let mut value = config.get(&key)?;
-    let (version, _) = value.split_at_mut(4);
-    let there = u32::from_ne_bytes(version.try_into()?);
-    let other = there.saturating_add_signed(step);
-    ensure!(other != there, "there is no version {step:+}");
-    version.copy_from_slice(&other.to_ne_bytes());
-    config.set(&key, &value)?;
-    Ok(other)
-}
+use culvert_e2e::{Mesh, picture, traffic::Via, version::restamp};
+use culvert_lab::{Family, Server};
 
 #[test]
 fn pins_of_another_version_are_refused_with_the_cure_and_pods_stay_captured() {
@@ -48,6 +34,7 @@ fn pins_of_another_version_are_refused_with_the_cure_and_pods_stay_captured() {
             assert!(!output.status.success(), "{args:?}: {output:?}");
             for word in [
                 &format!("ABI version {version}"),
+                "start `culvert agent`",
                 "run the culvert that made them",
                 "culvert unload --force",
             ] {

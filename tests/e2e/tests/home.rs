@@ -14,6 +14,7 @@ fn load(lab: &Lab, from: &Ns, at_home: bool) -> Node {
         dns_cgroup: None,
         probe_source: None,
         at_home,
+        set_aside: false,
     };
     from.run(|| Node::load(&options)).unwrap().0
 }

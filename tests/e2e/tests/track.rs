@@ -33,6 +33,7 @@ fn load(lab: &Lab) -> Arc<Node> {
         dns_cgroup: None,
         probe_source: None,
         at_home: true,
+        set_aside: false,
     };
     let (node, _) = lab.node().run(|| Node::load(&options)).unwrap();
     Arc::new(node)

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 
 use super::{Dns, Policy};
 use crate::{
-    kernel::{error::Result, maps::LpmCidr, netns::NetnsCookie, node::Node},
+    kernel::{earlier, error::Result, maps::LpmCidr, netns::NetnsCookie, node::Node},
     plan::netns::Observed,
 };
 
@@ -271,6 +271,7 @@ pub(super) fn set_resolvers(
 pub(super) fn forget_maps(node: &Node, cookie: NetnsCookie) -> Result<()> {
     let maps = node.maps();
     maps.pods.remove(&cookie.0)?;
+    earlier::forget(node.pins(), cookie)?;
     let all = maps.pod_addrs.keys()?;
     for key in all.iter().filter(|k| k.cookie == cookie.0) {
         forget_address(node, cookie, key.addr, &all)?;

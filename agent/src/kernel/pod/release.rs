@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     kernel::{
+        earlier,
         error::{Error, Result},
         netconf,
         netlink::Rtnetlink,
@@ -26,6 +27,7 @@ use crate::{
 pub fn release(node: &Node, netns: &Netns) -> Result<usize> {
     let _lock = node.lock()?;
     let cookie = netns.cookie();
+    earlier::forget(node.pins(), cookie)?;
     if let Some(mut pod) = node.maps().pods.get(&cookie.0)? {
         exclude_everything(node, cookie)?;
         pod.flags |= pod_flags::LEAVING | pod_flags::CIDRS | pod_flags::BYPASS_INBOUND;
@@ -117,6 +119,7 @@ fn forget_pod(node: &Node, cookie: NetnsCookie) -> Result<()> {
 /// changed anything; lets drained pods go for good. Returns how many were cleaned up.
 pub fn collect(node: &Node) -> Result<usize> {
     let _lock = node.lock()?;
+    earlier::finish(node)?;
     let mut done = 0;
     let mut draining = Vec::new();
     let pinned = node.pins().pods();
