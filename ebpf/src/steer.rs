@@ -5,7 +5,7 @@
 //! namespace nor for the mark, so each pod has a small program of its own that knows the pod's cookie.
 
 use aya_ebpf::{
-    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup},
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup},
     programs::SkLookupContext,
 };
 use culvert_ebpf::{
@@ -198,9 +198,10 @@ fn assign(ctx: &SkLookupContext, cookie: u64, role: u32) -> bool {
             role,
             slot: (order >> (2 * i)) & 3,
         };
-        // Alone, without its reuseport group: the group may hold strangers.
+        // Alone, without its reuseport group: the group may hold strangers. Whatever a program before ours has chosen.
+        let flags = BPF_SK_LOOKUP_F_NO_REUSEPORT | BPF_SK_LOOKUP_F_REPLACE;
         if maps::LISTENERS
-            .redirect_sk_lookup(ctx, key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT))
+            .redirect_sk_lookup(ctx, key, u64::from(flags))
             .is_ok()
         {
             if let Some(known) = known {

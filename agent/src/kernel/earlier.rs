@@ -262,10 +262,26 @@ pub(super) fn finish(node: &Node) -> Result<()> {
         }
     }
     for before in &earlier {
-        pins::remove(before.root())?;
+        take_away(before)?;
     }
     tracing::info!("what another version had pinned is removed");
     Ok(())
+}
+
+/// The pods' links first, and not by the loss of their pins, which takes effect a while later: with the last pin of its maps
+/// the jump to `culvert_steer` ends, and a program without it drops what the new ones let pass.
+fn take_away(before: &Pins) -> Result<()> {
+    for cookie in before.pods() {
+        let path = before.pod(cookie);
+        if let Ok(link) = sys::obj_get(&path) {
+            sys::link_detach(link.as_fd())
+                .map_err(|e| Error::system("detach program", path.display(), e))?;
+        }
+    }
+    for part in ["pods", "links", "maps"] {
+        pins::remove(&before.root().join(part))?;
+    }
+    pins::remove(before.root())
 }
 
 /// Programs of another version still capture this pod.
