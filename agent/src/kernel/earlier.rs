@@ -6,7 +6,7 @@
 //!
 //! What every version may rely on, of every other: `CONFIG` begins with the ABI version; `PODS` and `RECORDS` are keyed by
 //! netns cookie, and `pods/COOKIE` is the pod's link; programs for lookups are named `culvert_dns_*`. Maps that are
-//! [`CARRIED`] over keep their layout, or get another name.
+//! carried over keep their layout, or get another name.
 
 use std::{
     collections::BTreeSet,

@@ -39,7 +39,7 @@ pub struct LoadOptions {
     pub cgroup_root: Option<PathBuf>,
     /// Where the DNS programs are attached once a pod has them on; none = found by looking, see [`dns`].
     pub dns_cgroup: Option<PathBuf>,
-    /// Who may vouch for probes, `PROBES_*`; none = as it is, [`PROBES_NODE`] at first.
+    /// Who may vouch for probes, `PROBES_*`; none = as it is, [`PROBES_NODE`](culvert_ebpf::abi::PROBES_NODE) at first.
     pub probe_source: Option<u32>,
     /// The caller is in the node's own network namespace: from now on that is the one, whichever was taken for it when
     /// the maps were made.
